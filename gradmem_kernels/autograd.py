@@ -1,0 +1,389 @@
+"""Four kernels -> autograd functions of every kind (docs/autograd.md).
+
+An op ``y = f(x)`` is given by four kernels (:class:`Kernels`). This module is the only place that turns them into
+first-order, double-backward, forward-mode and dual autograd functions; no op has autograd code of its own.
+
+===============================  ===========================================================================
+what torch asks for              what runs
+===============================  ===========================================================================
+``f(x)``                         ``forward``
+its backward                     ``backward``
+the backward's backward, ``g``   ``dual_forward(x, x_t=g)``, ``dual_backward(x, x_t=g, y_bar=None, y_t_bar=y_bar)``
+forward mode of ``f``            ``dual_forward``
+forward mode of the backward     ``dual_forward``, ``dual_backward(x, x_t, y_bar=tangent of y_bar, y_t_bar=y_bar)``
+``f_dual(x, x_t)``               ``dual_forward``, and ``dual_backward`` as its backward
+===============================  ===========================================================================
+
+A further derivative raises :class:`HigherOrderError`, naming the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["HigherOrderError", "Kernels", "LinearOp", "Op", "Tensors", "last_derivative"]
+
+Tensors = tuple[Tensor | None, ...]
+Flags = tuple[bool, ...]
+
+
+class HigherOrderError(RuntimeError):
+    """A derivative beyond the second (or beyond the first, for a ``*_dual`` op) was asked for."""
+
+
+class Kernels(Protocol):
+    """What a backend module provides for one op.
+
+    ``x`` holds every differentiable input, ``aux`` the other tensors, ``y`` the outputs, ``saved`` what the backward
+    kernels want kept beside them. A suffix ``_t`` marks tangents, ``_bar`` cotangents; ``None`` is a known zero.
+    ``needs`` (``needs_t``) says for which inputs (input tangents) a cotangent is wanted; the others come back as
+    ``None``. It holds that::
+
+        x_t_bar = backward(x; y_t_bar)
+        x_bar   = backward(x; y_bar) + d/de backward(x + e * x_t; y_t_bar)
+    """
+
+    def forward(self, x: Tensors, aux: Tensors, **options: Any) -> tuple[Tensors, Tensors]:
+        """Returns ``y, saved``."""
+
+    def backward(self, x: Tensors, aux: Tensors, y: Tensors, saved: Tensors, y_bar: Tensors, needs: Flags,
+                 **options: Any) -> Tensors:
+        """Returns ``x_bar``."""
+
+    def dual_forward(self, x: Tensors, aux: Tensors, x_t: Tensors, **options: Any) -> tuple[Tensors, Tensors, Tensors]:
+        """Returns ``y, y_t, saved``; at least one tangent is given."""
+
+    def dual_backward(self, x: Tensors, aux: Tensors, x_t: Tensors, y: Tensors, y_t: Tensors, saved: Tensors,
+                      y_bar: Tensors, y_t_bar: Tensors, needs: Flags, needs_t: Flags,
+                      **options: Any) -> tuple[Tensors, Tensors]:
+        """Returns ``x_bar, x_t_bar``."""
+
+
+def _keep_all(x: Tensors, options: Mapping[str, Any]) -> Flags:
+    return (True,) * len(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """The shape of an op: the names of its tensors, and what its backward kernels read.
+
+    ``keeps_x(x, options)`` tells which inputs the backward kernels read, ``keeps_y`` whether they read the outputs:
+    what they do not read is not kept alive.
+    """
+
+    name: str
+    x: tuple[str, ...]
+    y: tuple[str, ...]
+    aux: tuple[str, ...] = ()
+    keeps_x: Callable[[Tensors, Mapping[str, Any]], Flags] = _keep_all
+    keeps_y: bool = False
+
+    @torch.compiler.disable
+    def __call__(self, kernels: Kernels, x: Tensors, aux: Tensors = (), **options: Any) -> tuple[Tensor, ...]:
+        """The outputs ``y``, differentiable twice in every entry of ``x``."""
+        return _Forward.apply(_Call(self, kernels, options), *x, *aux)[: len(self.y)]
+
+    @torch.compiler.disable
+    def dual(self, kernels: Kernels, x: Tensors, x_t: Tensors, aux: Tensors = (),
+             **options: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The outputs and their tangents along ``x_t``, differentiable once in ``x`` and ``x_t``."""
+        if all(t is None for t in x_t):
+            y = self(kernels, x, aux, **options)
+            return y, tuple(torch.zeros_like(o) for o in y)
+        out = _DualForward.apply(_Call(self, kernels, options), *x, *x_t, *aux)
+        n = len(self.y)
+        return out[:n], out[n : 2 * n]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of an op: everything about it that is not a tensor."""
+
+    op: Op
+    kernels: Kernels
+    options: Mapping[str, Any]
+    needs: Flags = ()  # of a backward: the inputs that need a cotangent
+
+    def kept(self, x: Tensors, y: Tensors) -> tuple[Tensors, Tensors]:
+        flags = self.op.keeps_x(x, self.options)
+        return (tuple(t if keep else None for t, keep in zip(x, flags, strict=True)),
+                y if self.op.keeps_y else (None,) * len(y))
+
+
+def _split(flat: Sequence[Any], *counts: int) -> list[tuple[Any, ...]]:
+    """Cuts ``flat`` into tuples of these lengths and one more with the rest."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(tuple(flat[start : start + count]))
+        start += count
+    parts.append(tuple(flat[start:]))
+    return parts
+
+
+def _select(values: Sequence[Any], flags: Flags) -> tuple[Any, ...]:
+    return tuple(value for value, flag in zip(values, flags, strict=True) if flag)
+
+
+def _scatter(values: Sequence[Any], flags: Flags) -> tuple[Any, ...]:
+    """The inverse of :func:`_select`, with ``None`` for what it left out."""
+    rest = iter(values)
+    return tuple(next(rest) if flag else None for flag in flags)
+
+
+def _wanted(ctx: Any) -> Flags:
+    """``ctx.needs_input_grad``, less what the running backward pass will not use.
+
+    ``autograd.grad(loss, memory)`` asks for no weight gradients although the weights require grad; torch's own nodes
+    know this, those of a Function have to ask.
+    """
+    edges = iter(ctx.next_functions)  # one for each tensor among the inputs
+    nodes = [next(edges)[0] if is_tensor else None for is_tensor in ctx.is_tensor]
+    return tuple(need and _will_run(node) for need, node in zip(ctx.needs_input_grad, nodes, strict=True))
+
+
+def _note_inputs(ctx: Any, inputs: Sequence[Any]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # refused for a leaf that the pass was asked for by name
+        return True
+
+
+class _Forward(Function):
+    """``apply(call, *x, *aux) -> (*y, *saved)``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, aux = _split(flat, len(call.op.x))
+        y, saved = call.kernels.forward(x, aux, **call.options)
+        return (*y, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *flat = inputs
+        x, aux = _split(flat, len(call.op.x))
+        y, saved = _split(output, len(call.op.y))
+        _note_inputs(ctx, inputs)
+        ctx.call, ctx.n_saved = call, len(saved)
+        ctx.mark_non_differentiable(*saved)
+        x, y = call.kept(x, y)
+        ctx.save_for_backward(*x, *aux, *y, *saved)
+        ctx.save_for_forward(*x, *aux)
+
+    @staticmethod
+    def backward(ctx: Any, *y_bar: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, op = ctx.call, ctx.call.op
+        y_bar = y_bar[: len(op.y)]
+        unused = (None,) * (1 + len(op.x) + len(op.aux))
+        needs = _wanted(ctx)[1 : 1 + len(op.x)]
+        if all(g is None for g in y_bar) or not any(needs):
+            return unused
+        x_bar = _Backward.apply(replace(call, needs=needs), *ctx.saved_tensors, *y_bar)
+        return None, *_scatter(x_bar, needs), *unused[: len(op.aux)]
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *flat_t: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, op = ctx.call, ctx.call.op
+        x, aux = _split(ctx.saved_tensors, len(op.x))
+        out = _DualForward.apply(call, *x, *flat_t[: len(op.x)], *aux)
+        n = len(op.y)
+        return (*out[n : 2 * n], *(None,) * ctx.n_saved)
+
+
+class _Backward(Function):
+    """``apply(call, *x, *aux, *y, *saved, *y_bar) -> x_bar`` of the inputs in ``call.needs``.
+
+    As a function it depends on ``x`` and ``y_bar``; ``y`` and ``saved`` only spare it their recomputation.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def _parts(op: Op, flat: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """``x, aux, y, saved, y_bar`` of the flat arguments."""
+        n_x, n_aux, n_y = len(op.x), len(op.aux), len(op.y)
+        return _split(flat, n_x, n_aux, n_y, len(flat) - n_x - n_aux - 2 * n_y)
+
+    @staticmethod
+    def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, aux, y, saved, y_bar = _Backward._parts(call.op, flat)
+        return _select(call.kernels.backward(x, aux, y, saved, y_bar, call.needs, **call.options), call.needs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _note_inputs(ctx, inputs)
+        ctx.call, *flat = inputs
+        ctx.save_for_backward(*flat)
+        ctx.save_for_forward(*flat)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, op = ctx.call, ctx.call.op
+        flat = ctx.saved_tensors
+        x_needs, aux_needs, y_needs, saved_needs, y_bar_needs = _Backward._parts(op, _wanted(ctx)[1:])
+        if all(t is None for t in g) or not any(x_needs + y_bar_needs):
+            return (None,) * (1 + len(flat))
+        n_x, n_aux = len(op.x), len(op.aux)
+
+        def compute(*tensors: Tensor | None) -> Tensors:
+            x, aux, y_bar, x_t = _split(tensors, n_x, n_aux, len(op.y))
+            y, y_t, saved = call.kernels.dual_forward(x, aux, x_t, **call.options)
+            x_bar: Tensors = (None,) * n_x
+            if any(x_needs):
+                x_bar, _ = call.kernels.dual_backward(
+                    x, aux, x_t, y, y_t, saved, (None,) * len(op.y), y_bar, x_needs, (False,) * n_x, **call.options)
+            return (*_select(x_bar, x_needs), *_select(y_t, y_bar_needs))
+
+        x, aux, _, _, y_bar = _Backward._parts(op, flat)
+        out = last_derivative(op.name, compute, *x, *aux, *y_bar, *_scatter(g, call.needs))
+        x_bar, y_bar_bar = _split(out, sum(x_needs))
+        return (None, *_scatter(x_bar, x_needs), *(None,) * len(aux_needs + y_needs + saved_needs),
+                *_scatter(y_bar_bar, y_bar_needs))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *flat_t: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, op, needs = ctx.call, ctx.call.op, ctx.call.needs
+        x_t, _, _, _, y_bar_t = _Backward._parts(op, flat_t)
+        n_x, n_aux, n_y = len(op.x), len(op.aux), len(op.y)
+
+        def compute(*tensors: Tensor | None) -> Tensors:
+            x, aux, y, saved, y_bar, y_bar_t, x_t = _split(
+                tensors, n_x, n_aux, n_y, len(tensors) - 2 * n_x - n_aux - 3 * n_y, n_y, n_y)
+            if all(t is None for t in x_t):
+                return _select(call.kernels.backward(x, aux, y, saved, y_bar_t, needs, **call.options), needs)
+            y, y_t, saved = call.kernels.dual_forward(x, aux, x_t, **call.options)
+            x_bar, _ = call.kernels.dual_backward(
+                x, aux, x_t, y, y_t, saved, y_bar_t, y_bar, needs, (False,) * n_x, **call.options)
+            return _select(x_bar, needs)
+
+        return last_derivative(op.name, compute, *ctx.saved_tensors, *y_bar_t, *x_t)
+
+
+class _DualForward(Function):
+    """``apply(call, *x, *x_t, *aux) -> (*y, *y_t, *saved)``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, x_t, aux = _split(flat, len(call.op.x), len(call.op.x))
+        y, y_t, saved = call.kernels.dual_forward(x, aux, x_t, **call.options)
+        return (*y, *y_t, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *flat = inputs
+        op = call.op
+        x, x_t, aux = _split(flat, len(op.x), len(op.x))
+        y, y_t, saved = _split(output, len(op.y), len(op.y))
+        _note_inputs(ctx, inputs)
+        ctx.call = call
+        ctx.mark_non_differentiable(*saved)
+        x, y = call.kept(x, y)
+        ctx.save_for_backward(*x, *aux, *x_t, *y, *(y_t if op.keeps_y else (None,) * len(op.y)), *saved)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, op = ctx.call, ctx.call.op
+        n_x, n_aux, n_y = len(op.x), len(op.aux), len(op.y)
+        needs, needs_t, _ = _split(_wanted(ctx)[1:], n_x, n_x)
+        bars = bars[: 2 * n_y]
+        if all(g is None for g in bars) or not any(needs + needs_t):
+            return (None,) * (1 + 2 * n_x + n_aux)
+
+        def compute(*tensors: Tensor | None) -> Tensors:
+            y_bar, y_t_bar, x, aux, x_t, y, y_t, saved = _split(tensors, n_y, n_y, n_x, n_aux, n_x, n_y, n_y)
+            x_bar, x_t_bar = call.kernels.dual_backward(
+                x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, **call.options)
+            return (*_select(x_bar, needs), *_select(x_t_bar, needs_t))
+
+        out = last_derivative(f"{op.name}_dual", compute, *bars, *ctx.saved_tensors)
+        x_bar, x_t_bar = _split(out, sum(needs))
+        return None, *_scatter(x_bar, needs), *_scatter(x_t_bar, needs_t), *(None,) * n_aux
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> NoReturn:
+        _refuse(f"{ctx.call.op.name}_dual, forward mode over forward mode")
+
+
+class _Last(Function):
+    """``apply(name, compute, *tensors) -> compute(*tensors)``, of which no derivative exists."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, compute: Callable[..., Tensors], *tensors: Tensor | None) -> Tensors:
+        return compute(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
+        _refuse(ctx.name)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> NoReturn:
+        _refuse(ctx.name)
+
+
+def last_derivative(name: str, compute: Callable[..., Tensors], *tensors: Tensor | None) -> Tensors:
+    """``compute(*tensors)``, run without a graph; differentiating the result raises, naming ``name``."""
+    return _Last.apply(name, compute, *tensors)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise HigherOrderError(
+        f"{name}: this derivative is of a higher order than its kernels have. Ops are differentiable twice, *_dual "
+        f"ops once; for more, use plain PyTorch operations, or detach what needs no further derivative.")
+
+
+class LinearOp:
+    """An op that is linear in its input, given by itself and its transpose: derivatives of every order exist.
+
+    ``forward`` and ``transpose`` take ``(x, *aux)`` and return a tensor like ``x``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @torch.compiler.disable
+    def __call__(self, forward: Callable[..., Tensor], transpose: Callable[..., Tensor], x: Tensor,
+                 *aux: Tensor) -> Tensor:
+        return _Linear.apply(forward, transpose, x, *aux)
+
+
+class _Linear(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(forward: Callable[..., Tensor], transpose: Callable[..., Tensor], x: Tensor, *aux: Tensor) -> Tensor:
+        return forward(x, *aux)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.forward, ctx.transpose, _, *aux = inputs
+        ctx.save_for_backward(*aux)
+        ctx.save_for_forward(*aux)
+
+    @staticmethod
+    def backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
+        aux = ctx.saved_tensors
+        return None, None, _Linear.apply(ctx.transpose, ctx.forward, y_bar, *aux), *(None,) * len(aux)
+
+    @staticmethod
+    def jvp(ctx: Any, _forward: None, _transpose: None, x_t: Tensor, *_: None) -> Tensor:
+        return _Linear.apply(ctx.forward, ctx.transpose, x_t, *ctx.saved_tensors)

@@ -1,0 +1,112 @@
+"""Which backend serves an op here, and why.
+
+A backend is a package beside this file with one module per op, named like the op, that provides the four kernels of
+:class:`gradmem_kernels.autograd.Kernels`. ``reference`` is plain PyTorch and serves every dtype and device. The
+automatic choice takes the first backend of :data:`BACKENDS` that serves the call; a backend asked for by name that
+cannot serve raises and says why. There is no silent fallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+from torch import Tensor
+
+from gradmem_kernels.autograd import Kernels
+
+__all__ = ["BACKENDS", "OPS", "BackendError", "Choice", "explain", "select", "use_backend"]
+
+#: In order of preference. Fused kernels come first as they arrive.
+BACKENDS = ("triton", "native", "reference")
+
+OPS = ("attention", "rms_norm", "layer_norm", "swiglu", "gelu", "rotary", "linear_cross_entropy", "inner_sgd")
+
+_requested: str | None = os.environ.get("GRADMEM_BACKEND") or None
+_loaded: dict[tuple[str, str], Kernels] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend is unknown, or cannot serve what it was asked for by name."""
+
+
+class Choice(NamedTuple):
+    """One row of :func:`explain`."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Asks for a backend by name in every op call inside the ``with`` block (``None``: the automatic choice).
+
+    A call's own ``backend=`` goes before this, and this before the environment variable ``GRADMEM_BACKEND``.
+
+    Raises:
+        BackendError: if ``name`` is unknown.
+    """
+    global _requested
+    _check_name(name)
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def select(op: str, backend: str | None, *tensors: Tensor | None) -> Kernels:
+    """The kernels that serve ``op`` for these tensors.
+
+    Raises:
+        BackendError: if the backend asked for is unknown or cannot serve, with the reason.
+    """
+    name = backend or _requested
+    _check_name(name)
+    if name is not None:
+        reason = _refusal(name, op, tensors)
+        if reason is not None:
+            raise BackendError(f"{op}: backend: {name!r} cannot serve this call: {reason}; pass backend=None for the "
+                               f"automatic choice, or another of {', '.join(BACKENDS)}")
+        return _load(name, op)
+    return _load(next(b for b in BACKENDS if _refusal(b, op, tensors) is None), op)
+
+
+def explain(*tensors: Tensor) -> list[Choice]:
+    """What the automatic choice is for each op (given such tensors, if any), with the reasons against the others."""
+    rows = []
+    for op in OPS:
+        passed_over = []
+        for name in BACKENDS:
+            reason = _refusal(name, op, tensors)
+            if reason is None:
+                rows.append(Choice(op, name, "; ".join(passed_over) or "first choice"))
+                break
+            passed_over.append(f"{name}: {reason}")
+    return rows
+
+
+def _check_name(name: str | None) -> None:
+    if name is not None and name not in BACKENDS:
+        raise BackendError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+
+
+def _refusal(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why backend ``name`` cannot serve ``op`` for ``tensors``; ``None`` if it can."""
+    module = f"gradmem_kernels.{name}"
+    if (name, op) not in _loaded and (
+            importlib.util.find_spec(module) is None or importlib.util.find_spec(f"{module}.{op}") is None):
+        return f"this version has no {name} kernels for {op}"
+    refusal = getattr(_load(name, op), "refusal", None)
+    return refusal(*tensors) if refusal is not None else None
+
+
+def _load(name: str, op: str) -> Kernels:
+    if (name, op) not in _loaded:
+        _loaded[name, op] = cast(Kernels, importlib.import_module(f"gradmem_kernels.{name}.{op}"))
+    return _loaded[name, op]
