@@ -16,6 +16,16 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def mul(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The product of two factors, either of which may be a known zero."""
+    return None if a is None or b is None else a * b
+
+
+def cast(t: Tensor | None, like: Tensor) -> Tensor:
+    """``t`` in the dtype of ``like``; a known zero as zeros of its shape."""
+    return torch.zeros_like(like) if t is None else t.to(like.dtype)
+
+
 def sub_(a: Tensor, b: Tensor) -> Tensor:
     """``a - b`` in the place of ``a``, a temporary."""
     return a - b if _is_wrapped(b) else a.sub_(b)
@@ -27,5 +37,9 @@ def mul_(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _is_wrapped(t: Tensor) -> bool:
-    """Whether ``torch.func`` may map over ``t``: such a tensor cannot be written into one that is not mapped over."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+    """Whether vmap may map over ``t``: such a tensor cannot be written into one that is not mapped over.
+
+    ``autograd.grad(is_grads_batched=True)`` has batched tensors of its own.
+    """
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
