@@ -41,11 +41,11 @@ class Checker:
     def fail(self, argument: str, expected: str, got: object, remedy: str = "") -> NoReturn:
         raise ArgumentError(f"{self.op}: {argument}: expected {expected}, got {got}{'; ' if remedy else ''}{remedy}")
 
-    def tensor(self, argument: str, value: Any, dims: Sequence[str], *, dtypes: Sequence[torch.dtype] | None = None,
+    def tensor(self, argument: str, value: Any, dims: tuple[str, ...], *, dtypes: Sequence[torch.dtype] | None = None,
                remedy: str = "") -> Tensor:
         """Checks type, rank, sizes, dtype and device.
 
-        ``dims`` names the dimensions, ``"..."`` stands for any number of leading ones. Without ``dtypes`` the tensor
+        ``dims`` names the dimensions, ``"..."`` at either end stands for any number of them. Without ``dtypes`` the tensor
         must be floating point and share the dtype of the first such tensor; every tensor must share the first's
         device.
         """
@@ -70,15 +70,15 @@ class Checker:
                       remedy or "move one of them with .to(device)")
         return value
 
-    def _check_shape(self, argument: str, value: Tensor, dims: Sequence[str], remedy: str) -> None:
+    def _check_shape(self, argument: str, value: Tensor, dims: tuple[str, ...], remedy: str) -> None:
         shape = list(value.shape)
-        open_ended = bool(dims) and dims[0] == "..."
-        names = list(dims[1:] if open_ended else dims)
-        tail = shape[len(shape) - len(names):] if open_ended else shape
-        rank_ok = len(shape) >= len(names) if open_ended else len(shape) == len(names)
-        if not rank_ok or any(self.sizes.setdefault(n, s) != s for n, s in zip(names, tail, strict=True)):
-            wanted = [f"{n}={self.sizes[n]}" if n in self.sizes else n for n in names]
-            self.fail(argument, f"shape [{', '.join((['...'] if open_ended else []) + wanted)}]", shape, remedy)
+        names = [name for name in dims if name != "..."]
+        known = dict(self.sizes)
+        rank_ok = len(shape) == len(names) if "..." not in dims else len(shape) >= len(names)
+        named = shape[len(shape) - len(names):] if dims[:1] == ("...",) else shape[: len(names)]
+        if not rank_ok or any(self.sizes.setdefault(n, s) != s for n, s in zip(names, named, strict=True)):
+            wanted = [f"{name}={known[name]}" if name in known else name for name in dims]
+            self.fail(argument, f"shape [{', '.join(wanted)}]", shape, remedy)
 
     def tangent(self, argument: str, value: Tensor | None, like: Tensor) -> None:
         """Checks a tangent: ``None``, or a tensor of the shape, dtype and device of its primal."""

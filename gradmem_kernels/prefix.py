@@ -1,0 +1,131 @@
+"""From memory vectors to the prefix a decoder reads, and the WRITE loss of a context behind that prefix."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from gradmem_kernels.checks import Checker
+from gradmem_kernels.decoder import Decoder, linear_dual
+from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual
+
+__all__ = ["Prefix", "PrefixLoss"]
+
+
+class Prefix(nn.Module):
+    """``[start; projection(memory); end]``: learned control tokens around the, optionally projected, memory.
+
+    Args:
+        hidden_size: width ``D`` of a memory vector and of an input embedding.
+        control_tokens: number of learned vectors on each side, drawn from N(0, 0.02).
+        projection: whether a linear map with bias, the identity at first, is applied to each memory vector.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, hidden_size: int, *, control_tokens: int = 0, projection: bool = False,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.start: nn.Parameter | None = None
+        self.end: nn.Parameter | None = None
+        self.projection: nn.Linear | None = None
+        if control_tokens:
+            self.start, self.end = (
+                nn.Parameter(torch.randn(control_tokens, hidden_size, device=device, dtype=dtype) * 0.02)
+                for _ in range(2))
+        if projection:
+            self.projection = nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
+            nn.init.eye_(self.projection.weight)
+            nn.init.zeros_(self.projection.bias)
+
+    def length(self, memory_tokens: int) -> int:
+        """The number of prefix rows that ``memory_tokens`` memory vectors become."""
+        return memory_tokens + (0 if self.start is None else 2 * self.start.shape[0])
+
+    def forward(self, memory: Tensor) -> Tensor:
+        """``[B, m, D] -> [B, P, D]``."""
+        rows = memory if self.projection is None else self.projection(memory)
+        if self.start is None or self.end is None:
+            return rows
+        return torch.cat([self.start.expand(len(rows), -1, -1), rows, self.end.expand(len(rows), -1, -1)], 1)
+
+    def dual(self, memory: Tensor, memory_t: Tensor) -> Tensor:
+        """The prefix and its tangent, stacked: ``[2, B, P, D]``."""
+        rows = torch.stack([memory, memory_t])
+        if self.projection is not None:
+            rows = linear_dual(self.projection, rows)
+        if self.start is None or self.end is None:
+            return rows
+        start, end = (torch.stack([t, torch.zeros_like(t)]).unsqueeze(1).expand(-1, rows.shape[1], -1, -1)
+                      for t in (self.start, self.end))
+        return torch.cat([start, rows, end], 2)
+
+
+class PrefixLoss:
+    """The WRITE loss: mean cross-entropy of a context read from ``[prefix(memory); context]``, sample by sample.
+
+    The first context token is predicted from the last prefix row. It is a ``loss_fn`` with a dual form for
+    :func:`gradmem_kernels.write`.
+
+    Args:
+        decoder: reads the embeddings.
+        prefix: makes the prefix rows of the memory.
+        context_embeds: ``[B, S, D]``, S >= 1; may be a non-leaf that requires grad (a trained embedding table).
+        labels: ``[B, S]`` int64, the context's own tokens; -100 where padded (a right-padded row changes nothing).
+        head_weight: ``[V, D]``, the output head.
+        head_bias: ``[V]``.
+
+    Raises:
+        ArgumentError: for shapes, dtypes or devices that do not fit, an empty context, labels out of range.
+    """
+
+    def __init__(self, decoder: Decoder, prefix: Prefix, context_embeds: Tensor, labels: Tensor, head_weight: Tensor,
+                 *, head_bias: Tensor | None = None) -> None:
+        check = Checker("PrefixLoss")
+        check.sizes["D"] = decoder.config.hidden_size
+        check.tensor("context_embeds", context_embeds, ("B", "S", "D"))
+        check.tensor("labels", labels, ("B", "S"), dtypes=(torch.int64,))
+        if labels.shape[1] == 0:
+            check.fail("context_embeds", "at least one context token", "an empty context")
+        check.tensor("head_weight", head_weight, ("V", "D"))
+        if head_bias is not None:
+            check.tensor("head_bias", head_bias, ("V",))
+        self.decoder, self.prefix, self.labels = decoder, prefix, labels
+        self.context_embeds, self.head_weight, self.head_bias = context_embeds, head_weight, head_bias
+
+    @property
+    def params(self) -> tuple[Tensor, ...]:
+        """Every tensor that requires grad and that the loss reads."""
+        tensors = (self.context_embeds, self.head_weight, self.head_bias, *self.prefix.parameters(),
+                   *self.decoder.parameters())
+        return tuple({id(t): t for t in tensors if t is not None and t.requires_grad}.values())
+
+    def detached(self) -> PrefixLoss:
+        """The same loss with leaves in the place of its own non-leaf tensors; its ``params`` keep their order."""
+        twin = copy.copy(self)
+        for name in ("context_embeds", "head_weight", "head_bias"):
+            t = getattr(self, name)
+            if t is not None and not t.is_leaf:
+                setattr(twin, name, t.detach().requires_grad_(t.requires_grad))
+        return twin
+
+    def __call__(self, memory: Tensor) -> Tensor:
+        """``[B, m, D] -> [B]``, in nats a token."""
+        prefix = self.prefix(self._cast(memory))
+        hidden = self.decoder(torch.cat([prefix, self.context_embeds[:, :-1]], 1), start=prefix.shape[1] - 1)
+        return linear_cross_entropy(hidden, self.head_weight, self.labels, bias=self.head_bias)
+
+    def dual(self, memory: Tensor, memory_t: Tensor, *, checkpoint_layers: bool = False) -> tuple[Tensor, Tensor]:
+        """The loss and its tangent along ``memory_t``, each ``[B]``."""
+        prefix = self.prefix.dual(self._cast(memory), self._cast(memory_t))
+        context = self.context_embeds[:, :-1]
+        embeds, embeds_t = (torch.cat([rows, tail], 1) for rows, tail in zip(
+            prefix.unbind(), (context, torch.zeros_like(context)), strict=True))
+        hidden, hidden_t = self.decoder.dual(embeds, embeds_t, start=prefix.shape[2] - 1,
+                                             checkpoint_layers=checkpoint_layers)
+        return linear_cross_entropy_dual(hidden, self.head_weight, self.labels, hidden_t, bias=self.head_bias)
+
+    def _cast(self, memory: Tensor) -> Tensor:
+        """The memory keeps its own dtype; the decoder reads it in that of the embeddings."""
+        return memory.to(self.context_embeds.dtype)

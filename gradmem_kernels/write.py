@@ -1,0 +1,391 @@
+"""WRITE: per-sample gradient descent on a memory, differentiable through its steps (docs/write.md)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gradmem_kernels.autograd import last_derivative
+from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
+from gradmem_kernels.closure import ClosedOver
+from gradmem_kernels.inner_sgd import inner_sgd
+
+__all__ = ["WriteOutput", "write"]
+
+Memory = Tensor | tuple[Tensor, ...]
+LearningRate = float | Tensor | tuple[float | Tensor, ...]
+Update = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], int], tuple[Tensor, ...]]
+
+ORDERS = ("none", "first", "second")
+RECOMPUTE = ("none", "step", "layer")
+
+
+class WriteOutput(NamedTuple):
+    """What :func:`write` returns.
+
+    Attributes:
+        memory: the memory after the last step, a tensor or a tuple as it was given.
+        losses: ``[steps, B]``, the loss at the memory before each step.
+        grad_norms: ``[steps, B]``, the gradient's norm over all memory tensors, before clipping, detached.
+    """
+
+    memory: Any
+    losses: Tensor
+    grad_norms: Tensor
+
+    @property
+    def finite(self) -> Tensor:
+        """``[B]`` bool: whether every gradient of a sample was finite."""
+        return self.grad_norms.isfinite().all(0)
+
+
+def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: LearningRate | None,
+          params: Sequence[Tensor] | None = None, order: str = "second", second_order_steps: int | None = None,
+          recompute: str = "step", clip_value: float | None = None, clip_norm: float | None = None,
+          update: Update | None = None) -> WriteOutput:
+    """Takes ``steps`` steps of ``M <- M - lr * clip(dL_i/dM)`` for each sample ``i`` by itself.
+
+    Outer gradients flow through the steps, exactly, to the initial memory, ``lr`` and ``params``. Under ``no_grad``
+    and ``inference_mode`` nothing is kept.
+
+    Args:
+        loss_fn: ``loss_fn(*memory) -> [B]``, twice differentiable in the memory. It is summed over the batch before it
+            is differentiated, so that a sample's update does not depend on the batch. One with a dual form also has
+            ``dual(*memory, *tangents, checkpoint_layers=False) -> (loss [B], loss_t [B])``, ``params`` (the tensors
+            that meta-gradients reach) and, if one of these is no leaf, ``detached()`` (the same loss with leaves in
+            their place): :class:`gradmem_kernels.PrefixLoss` is one.
+        memory: a floating-point tensor of rank 2 or more, batch first, or a tuple of them. It keeps its dtype
+            (float32 recommended); ``loss_fn`` casts.
+        steps: number of steps K, >= 0. With 0 the memory comes back unchanged.
+        lr: a number, finite and >= 0; a 1-D tensor of length ``steps``; a tensor that broadcasts to the memory, of its
+            rank, optionally preceded by a dimension of length ``steps``; for tuple memory also a tuple of these.
+            ``None`` if ``update`` is given.
+        params: the tensors, leaves or not, that the loss closes over and meta-gradients reach. ``None``: leaves are
+            found in the loss's graph. A tensor that requires grad and is neither found nor given is refused by name.
+        order: ``"second"``: exact. ``"first"``: each step's gradient is a constant. ``"none"``: memory, ``lr`` and
+            every step are detached. In every order ``losses[k]`` has its direct gradient.
+        second_order_steps: with ``order="second"``, only the last so many steps are second order, earlier ones first.
+        recompute: what is kept for the backward pass. ``"none"``: each step's graph. ``"step"``: only the memory
+            before each step. ``"layer"``: likewise, and the dual pass checkpoints its layers; needs a dual form.
+            Recomputation replays the CPU's and the memory's device's random numbers and the autocast state.
+        clip_value: clamps each entry of the gradient to ``[-clip_value, clip_value]``, before ``clip_norm``.
+        clip_norm: scales a sample's gradient, per memory tensor, by ``c / (|g| + 1e-6)`` where its norm exceeds ``c``.
+        update: ``update(state, grads, k) -> state`` replaces the rule and is differentiated too. ``state`` is a tuple
+            that begins with the memory tensors; it starts as ``update.init(memory)`` where there is one, else as the
+            memory.
+
+    Returns:
+        A :class:`WriteOutput`.
+
+    Raises:
+        ArgumentError: for an argument that does not fit, a closed-over tensor that would miss its gradient, use inside
+            a ``torch.func`` transform.
+        HigherOrderError: when the outer gradient is differentiated again with recomputation.
+
+    Source: Kuratov et al., GradMem, arXiv 2603.13875; the second-order step on dual numbers in docs/write.md.
+    """
+    tensors, rates = _check(loss_fn, memory, steps, lr, params, order, second_order_steps, recompute, clip_value,
+                            clip_norm, update)
+    second_from = 0 if second_order_steps is None else max(0, steps - second_order_steps)
+    outer_grad = torch.is_grad_enabled()
+
+    with torch.inference_mode(False), torch.set_grad_enabled(outer_grad):
+        gradient = _Gradient(loss_fn, params, steps, recompute, outer_grad)
+        state = tuple(t.clone() if t.is_inference() else t for t in tensors)
+        if order == "none":
+            state = tuple(t.detach() for t in state)
+            rates = tuple(r.detach() if isinstance(r, Tensor) else r for r in rates)
+        if update is not None and hasattr(update, "init"):
+            state = tuple(update.init(state))
+        losses, norms = [], []
+        for k in range(steps):
+            loss, grads = gradient(state[: len(tensors)], order == "second" and k >= second_from)
+            losses.append(loss)
+            norms.append(_sample_norms(grads))
+            with torch.set_grad_enabled(outer_grad and order != "none"):
+                if update is None:
+                    state = tuple(inner_sgd(m, g, _rate(rates[i], k, m), clip_value=clip_value, clip_norm=clip_norm)
+                                  for i, (m, g) in enumerate(zip(state, grads, strict=True)))
+                else:
+                    state = _checked_state(update(state, grads, k), tensors)
+    written = state[: len(tensors)] if isinstance(memory, tuple) else state[0]
+    none = tensors[0].new_zeros(0, tensors[0].shape[0])
+    return WriteOutput(written, torch.stack(losses) if losses else none, torch.stack(norms) if norms else none)
+
+
+class _Gradient:
+    """The loss and its gradient at a memory, attached to the outer graph in the way that ``recompute`` says."""
+
+    def __init__(self, loss_fn: Callable[..., Tensor], params: Sequence[Tensor] | None, steps: int, recompute: str,
+                 outer_grad: bool) -> None:
+        self.loss_fn, self.steps, self.recompute, self.outer_grad = loss_fn, steps, recompute, outer_grad
+        self.has_dual = hasattr(loss_fn, "dual")
+        #: evaluated where nothing but leaves may be reached; inner_params are its counterparts of params
+        self.inner_fn: Any = loss_fn
+        self.params: tuple[Tensor, ...] = ()
+        self.inner_params: tuple[Tensor, ...] = ()
+        self.closed_over: ClosedOver | None = None
+        if self.has_dual:
+            self.params = self.inner_params = tuple(cast(Any, loss_fn).params)
+            if any(not p.is_leaf for p in self.params):
+                self.inner_fn = cast(Any, loss_fn).detached()
+                self.inner_params = tuple(self.inner_fn.params)
+        elif outer_grad and recompute != "none":
+            self.closed_over = ClosedOver(loss_fn, params)
+
+    def __call__(self, memory: tuple[Tensor, ...], second: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.outer_grad and self.recompute == "none":
+            return self._keep_graph(memory, second)
+        replay = _Replay(memory[0].device, rng=not self.has_dual)
+        leaves = _leaves(memory)
+        # what only the weights' gradients would need is neither computed nor stored
+        with torch.enable_grad(), _frozen(self.inner_params if self.has_dual else ()):
+            loss = _checked_loss(self.inner_fn(*leaves), leaves)
+        if self.closed_over is not None:
+            self._inspect(loss, leaves, replay)
+        grads = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
+        if not self.outer_grad:
+            return loss.detach(), grads
+        step = _Step(self, replay, self.params, self.inner_params, [loss.detach(), *grads])
+        loss, *attached = _RunStep.apply(step, *memory, *self.params)
+        return loss, tuple(g if second else g.detach() for g in attached)
+
+    def _keep_graph(self, memory: tuple[Tensor, ...], second: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        attached = tuple(m if m.requires_grad else m.detach().requires_grad_() for m in memory)
+        loss = _checked_loss(self.loss_fn(*attached), attached)
+        return loss, torch.autograd.grad(loss.sum(), attached, create_graph=second, retain_graph=True,
+                                         materialize_grads=True)
+
+    def _inspect(self, loss: Tensor, leaves: tuple[Tensor, ...], replay: _Replay) -> None:
+        assert self.closed_over is not None
+        self.params = self.inner_params = self.closed_over.inspect(loss, leaves)
+        if self.steps == 1:  # what was made before the call shows only in a second evaluation
+            with torch.enable_grad(), replay():
+                self.closed_over.inspect(self.loss_fn(*leaves), leaves)
+
+
+class _Step(NamedTuple):
+    """What the recomputation of a step needs besides its memory; ``values`` is emptied as they are handed out."""
+
+    gradient: _Gradient
+    replay: _Replay
+    params: tuple[Tensor, ...]
+    inner_params: tuple[Tensor, ...]
+    values: list[Tensor]
+
+    def cotangents(self, memory: Sequence[Tensor], needs: Sequence[bool], loss_bar: Tensor | None,
+                   grad_bars: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Cotangents of the memory and the params that need one, given those of the loss and of the gradient.
+
+        With u the gradient's cotangent, <u, grad L> is the tangent of L along u: differentiate that.
+        """
+        loss_fn, leaves = self.gradient.inner_fn, _leaves(memory)
+        with torch.enable_grad(), self.replay():
+            if all(u is None for u in grad_bars):
+                pairs = [(loss_fn(*leaves), loss_bar)]
+            elif self.gradient.has_dual:
+                tangents = [torch.zeros_like(m) if u is None else u for m, u in zip(leaves, grad_bars, strict=True)]
+                loss, loss_t = loss_fn.dual(*leaves, *tangents, checkpoint_layers=self.gradient.recompute == "layer")
+                pairs = [(loss_t, torch.ones_like(loss_t)), (loss, loss_bar)]
+            else:
+                loss = loss_fn(*leaves)
+                grads = torch.autograd.grad(loss.sum(), leaves, create_graph=True, materialize_grads=True)
+                pairs = [*zip(grads, grad_bars, strict=True), (loss, loss_bar)]
+        pairs = [(y, y_bar) for y, y_bar in pairs if y_bar is not None and y.requires_grad]
+        wanted = [t for t, need in zip((*leaves, *self.inner_params), needs, strict=True) if need]
+        if not pairs or not wanted:
+            return (None,) * len(wanted)
+        outputs, bars = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, wanted, bars, allow_unused=True)
+
+
+class _RunStep(Function):
+    """``apply(step, *memory, *params) -> (loss [B], *gradient)``; its backward recomputes the step."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.step, ctx.n_memory = step, len(step.values) - 1
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        values = tuple(step.values)
+        step.values.clear()  # kept, they would close a cycle through their own graph
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, loss_bar: Tensor | None, *grad_bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        memory = ctx.saved_tensors[: ctx.n_memory]
+        if loss_bar is None and all(u is None for u in grad_bars):
+            return (None,) * (1 + len(needs))
+
+        def compute(loss_bar: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+            return ctx.step.cotangents(cast(Sequence[Tensor], rest[ctx.n_memory :]), needs, loss_bar,
+                                       rest[: ctx.n_memory])
+
+        found = iter(last_derivative("write", compute, loss_bar, *grad_bars, *memory))
+        return None, *(next(found) if need else None for need in needs)
+
+
+class _Replay:
+    """Runs a block again under the random numbers and the autocast state of the time it was made."""
+
+    def __init__(self, device: torch.device, *, rng: bool) -> None:
+        self.device, self.rng = device, rng
+        self.autocast = (torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type),
+                         torch.is_autocast_cache_enabled())
+        if rng:
+            self.cpu_state = torch.get_rng_state()
+            self.device_state = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        dtype, enabled, cache = self.autocast
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with (torch.random.fork_rng(devices, enabled=self.rng, device_type=devices[0].type if devices else "cuda"),
+              torch.autocast(self.device.type, dtype, enabled, cache)):
+            if self.rng:
+                torch.set_rng_state(self.cpu_state)
+                if self.device_state is not None:
+                    torch.get_device_module(self.device).set_rng_state(self.device_state, self.device)
+            yield
+
+
+@contextlib.contextmanager
+def _frozen(params: Sequence[Tensor]) -> Iterator[None]:
+    leaves = [p for p in params if p.is_leaf and p.requires_grad]
+    for p in leaves:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in leaves:
+            p.requires_grad_(True)
+
+
+def _leaves(memory: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(m.detach().requires_grad_() for m in memory)
+
+
+def _sample_norms(grads: Sequence[Tensor]) -> Tensor:
+    """[B], over all memory tensors."""
+    norms = [torch.linalg.vector_norm(g.detach().flatten(1), dim=1).to(grads[0].dtype) for g in grads]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def _rate(rate: float | Tensor, k: int, memory: Tensor) -> float | Tensor:
+    """The learning rate of step ``k``."""
+    if not isinstance(rate, Tensor):
+        return rate
+    per_step = rate.dim() == 1 or rate.dim() == memory.dim() + 1
+    return (rate[k] if per_step else rate).to(memory.dtype)
+
+
+def _checked_loss(loss: Any, memory: Sequence[Tensor]) -> Tensor:
+    check = Checker("write")
+    check.sizes["B"] = memory[0].shape[0]
+    check.tensor("loss_fn", loss, ("B",), remedy="it returns one loss for each sample, not their mean")
+    if not loss.requires_grad:
+        check.fail("loss_fn", "losses that depend on the memory", "losses without a graph",
+                   "compute them from its arguments, outside no_grad and without detach")
+    return loss
+
+
+def _checked_state(state: Any, memory: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    check = Checker("write")
+    if not isinstance(state, tuple) or len(state) < len(memory):
+        check.fail("update", f"a tuple that begins with the {len(memory)} memory tensor(s)", type(state).__name__)
+    for new, old in zip(state, memory, strict=False):
+        if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
+            check.fail("update", f"memory of shape {list(old.shape)} and dtype {old.dtype}",
+                       f"shape {list(new.shape)} and dtype {new.dtype}" if isinstance(new, Tensor) else new)
+    return state
+
+
+def _check(loss_fn: Any, memory: Memory, steps: int, lr: LearningRate | None, params: Sequence[Tensor] | None,
+           order: str, second_order_steps: int | None, recompute: str, clip_value: float | None,
+           clip_norm: float | None, update: Update | None) -> tuple[tuple[Tensor, ...], tuple[float | Tensor, ...]]:
+    """Checks every argument; returns the memory tensors and the learning rate of each."""
+    check = Checker("write")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        check.fail("loss_fn", "a call outside torch.func transforms", "a call inside one",
+                   "differentiate through write with torch.autograd, or transform loss_fn itself")
+    if not callable(loss_fn):
+        check.fail("loss_fn", "a callable", type(loss_fn).__name__)
+    tensors = _check_memory(check, memory)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        check.fail("steps", "an integer >= 0", steps)
+    for name, value, choices in (("order", order, ORDERS), ("recompute", recompute, RECOMPUTE)):
+        if value not in choices:
+            check.fail(name, f"one of {', '.join(choices)}", repr(value))
+    if second_order_steps is not None and (not isinstance(second_order_steps, int) or second_order_steps < 0
+                                           or order != "second"):
+        check.fail("second_order_steps", "an integer >= 0, with order='second'",
+                   f"{second_order_steps} with order={order!r}")
+    has_dual = hasattr(loss_fn, "dual")
+    if recompute == "layer" and not has_dual:
+        check.fail("recompute", "'none' or 'step' for a loss_fn without a dual form", "'layer'",
+                   "give loss_fn a dual form, as PrefixLoss has")
+    if params is not None:
+        if has_dual:
+            check.fail("params", "None for a loss_fn with a dual form, which names its own", "a sequence")
+        for i, p in enumerate(params):
+            if not isinstance(p, Tensor) or not p.requires_grad:
+                check.fail(f"params[{i}]", "a tensor that requires grad",
+                           "one that does not" if isinstance(p, Tensor) else type(p).__name__)
+    for name, clip in (("clip_value", clip_value), ("clip_norm", clip_norm)):
+        if clip is not None:
+            check.number(name, clip, above=0.0)
+    if update is None:
+        return tensors, _check_lr(check, lr, tensors, isinstance(memory, tuple), steps)
+    for name, value in (("lr", lr), ("clip_value", clip_value), ("clip_norm", clip_norm)):
+        if value is not None:
+            check.fail(name, "None with update=, whose business it is", value)
+    if not callable(update):
+        check.fail("update", "a callable", type(update).__name__)
+    return tensors, ()
+
+
+def _check_memory(check: Checker, memory: Memory) -> tuple[Tensor, ...]:
+    tensors = memory if isinstance(memory, tuple) else (memory,)
+    if not tensors:
+        check.fail("memory", "a tensor or a tuple of tensors", "an empty tuple")
+    for i, t in enumerate(tensors):
+        name = f"memory[{i}]" if isinstance(memory, tuple) else "memory"
+        check.tensor(name, t, ("B", "..."), dtypes=FLOAT_DTYPES)
+        if t.dim() < 2:
+            check.fail(name, "rank 2 or more, batch first", f"rank {t.dim()}")
+    return tensors
+
+
+def _check_lr(check: Checker, lr: LearningRate | None, memory: tuple[Tensor, ...], as_tuple: bool,
+              steps: int) -> tuple[float | Tensor, ...]:
+    if lr is None:
+        check.fail("lr", "a number or a tensor", None, "only update= goes without")
+    if isinstance(lr, tuple) and (not as_tuple or len(lr) != len(memory)):
+        check.fail("lr", f"a tuple of {len(memory)} for a memory of as many tensors" if as_tuple
+                   else "no tuple, as memory is one tensor", f"a tuple of {len(lr)}")
+    rates = lr if isinstance(lr, tuple) else (lr,) * len(memory)
+    for i, (rate, m) in enumerate(zip(rates, memory, strict=True)):
+        name = f"lr[{i}]" if isinstance(lr, tuple) else "lr"
+        if not isinstance(rate, Tensor):
+            check.number(name, rate, minimum=0.0)
+            continue
+        if rate.dim() == 1:
+            check.sizes["steps"] = steps
+            check.tensor(name, rate, ("steps",), dtypes=FLOAT_DTYPES, remedy="a 1-D lr has one entry for each step")
+        else:
+            shape = rate.shape[1:] if rate.dim() == m.dim() + 1 else rate.shape
+            fits = len(shape) in (0, m.dim()) and all(a in (1, b) for a, b in zip(shape, m.shape, strict=False))
+            if not fits or not rate.is_floating_point() or (rate.dim() > m.dim() and rate.shape[0] != steps):
+                check.fail(name, f"a floating-point tensor that broadcasts to the memory, {list(m.shape)}, optionally "
+                           f"behind a dimension of steps={steps}", f"{rate.dtype} of shape {list(rate.shape)}")
+        if rate.device != m.device:
+            check.fail(name, f"the device of the memory, {m.device}", rate.device)
+        if check_values(rate) and not bool(rate.detach().isfinite().all()):
+            check.fail(name, "finite values", "NaN or infinity")
+    return rates
