@@ -26,6 +26,11 @@ def cast(t: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if t is None else t.to(like.dtype)
 
 
+def add_(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """:func:`add` in the place of ``a``, a temporary."""
+    return add(a, b) if a is None or b is None or _is_wrapped(b) else a.add_(b)
+
+
 def sub_(a: Tensor, b: Tensor) -> Tensor:
     """``a - b`` in the place of ``a``, a temporary."""
     return a - b if _is_wrapped(b) else a.sub_(b)
@@ -34,6 +39,15 @@ def sub_(a: Tensor, b: Tensor) -> Tensor:
 def mul_(a: Tensor, b: Tensor) -> Tensor:
     """``a * b`` in the place of ``a``, a temporary."""
     return a * b if _is_wrapped(b) else a.mul_(b)
+
+
+def addmm_(total: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """``total + a @ b`` in the place of ``total``, a temporary; ``None`` is a known zero."""
+    if a is None or b is None:
+        return total
+    if total is None:
+        return a @ b
+    return total + a @ b if _is_wrapped(a) or _is_wrapped(b) else total.addmm_(a, b)
 
 
 def _is_wrapped(t: Tensor) -> bool:
