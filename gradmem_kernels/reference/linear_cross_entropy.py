@@ -47,13 +47,13 @@ def dual_forward(x, aux, x_t, *, ignore_index):
 
 
 def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, ignore_index):
-    (hidden, weight, bias), (lse, mu) = x, saved
+    lse, mu = saved
     label, share = _targets(aux[0], ignore_index)
     # cotangents of the rows' losses and of their tangents
     a, b = (None if g is None else (share.to(g.dtype) * g.unsqueeze(-1)).view(-1, 1) for g in (*y_bar, *y_t_bar))
     if b is None or not any(needs):
         x_t = (None,) * 3
-    w, w_t = wide(weight), wide(x_t[1])
+    w, w_t = wide(x[1]), wide(x_t[1])
     uses_dz_t = b is not None and (any(needs_t) or (needs[0] and w_t is not None) or (needs[1] and x_t[0] is not None))
 
     dh, dh_t = [], []
