@@ -1,0 +1,17 @@
+"""Twice-differentiable kernels, and WRITE: per-sample gradient descent on a memory that outer gradients flow through."""
+
+from gradmem_kernels.attention import attention, attention_dual
+from gradmem_kernels.autograd import HigherOrderError
+from gradmem_kernels.backend import BackendError, use_backend
+from gradmem_kernels.checks import ArgumentError
+from gradmem_kernels.decoder import Decoder, DecoderConfig
+from gradmem_kernels.inner_sgd import inner_sgd, inner_sgd_dual
+from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual
+from gradmem_kernels.prefix import Prefix, PrefixLoss
+from gradmem_kernels.rms_norm import rms_norm, rms_norm_dual
+from gradmem_kernels.rotary import rotary, rotary_dual, rotary_tables
+from gradmem_kernels.swiglu import swiglu, swiglu_dual
+from gradmem_kernels.write import WriteOutput, write
+
+__version__ = "0.1.0"
+

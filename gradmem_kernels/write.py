@@ -144,11 +144,11 @@ class _Gradient:
         replay = _Replay(memory[0].device, rng=not self.has_dual)
         leaves = _leaves(memory)
         # what only the weights' gradients would need is neither computed nor stored
-        with torch.enable_grad(), _frozen(self.inner_params if self.has_dual else ()):
+        with torch.enable_grad(), replay.autocast(), _frozen(self.inner_params if self.has_dual else ()):
             loss = _checked_loss(self.inner_fn(*leaves), leaves)
-        if self.closed_over is not None:
-            self._inspect(loss, leaves, replay)
-        grads = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
+            if self.closed_over is not None:
+                self._inspect(loss, leaves, replay)
+            grads = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
         if not self.outer_grad:
             return loss.detach(), grads
         step = _Step(self, replay, self.params, self.inner_params, [loss.detach(), *grads])
@@ -165,7 +165,7 @@ class _Gradient:
         assert self.closed_over is not None
         self.params = self.inner_params = self.closed_over.inspect(loss, leaves)
         if self.steps == 1:  # what was made before the call shows only in a second evaluation
-            with torch.enable_grad(), replay():
+            with replay():
                 self.closed_over.inspect(self.loss_fn(*leaves), leaves)
 
 
@@ -236,18 +236,21 @@ class _Replay:
 
     def __init__(self, device: torch.device, *, rng: bool) -> None:
         self.device, self.rng = device, rng
-        self.autocast = (torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type),
-                         torch.is_autocast_cache_enabled())
+        self.autocast_dtype = torch.get_autocast_dtype(device.type)
+        self.autocast_enabled = torch.is_autocast_enabled(device.type)
         if rng:
             self.cpu_state = torch.get_rng_state()
             self.device_state = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
+    def autocast(self) -> torch.autocast:
+        """Without the cache of cast weights, which would tie one step's graph to another's."""
+        return torch.autocast(self.device.type, self.autocast_dtype, self.autocast_enabled, cache_enabled=False)
+
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        dtype, enabled, cache = self.autocast
         devices = [] if self.device.type == "cpu" else [self.device]
         with (torch.random.fork_rng(devices, enabled=self.rng, device_type=devices[0].type if devices else "cuda"),
-              torch.autocast(self.device.type, dtype, enabled, cache)):
+              self.autocast()):
             if self.rng:
                 torch.set_rng_state(self.cpu_state)
                 if self.device_state is not None:

@@ -1,0 +1,195 @@
+"""The decoder, the prefix and their loss against plain PyTorch, plain and dual, and through the KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plain
+import pytest
+import torch
+from torch import Tensor
+
+from gradmem_kernels import Decoder, DecoderConfig, Prefix, PrefixLoss, write
+from gradmem_kernels.checks import ArgumentError
+
+F64 = torch.float64
+SHAPES = [
+    DecoderConfig(8, 2, 2, 12),
+    DecoderConfig(12, 1, 3, 5, num_kv_heads=1, head_dim=6, rotary_dim=4, rope_theta=100.0, norm_eps=1e-3),
+    DecoderConfig(8, 2, 4, 7, num_kv_heads=2),
+]
+
+
+def make(config: DecoderConfig) -> Decoder:
+    decoder = Decoder(config, dtype=F64)
+    for p in decoder.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return decoder
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_forward_equals_plain(config: DecoderConfig) -> None:
+    decoder = make(config)
+    x = torch.randn(2, 7, config.hidden_size, dtype=F64, requires_grad=True)
+    inputs = (x, *decoder.parameters())
+    ours, theirs = decoder(x, start=3), plain.decode(decoder, x)[:, 3:]
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours.sin().sum(), inputs), torch.autograd.grad(theirs.sin().sum(), inputs),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+def test_dual_equals_jvp_and_its_gradient(config: DecoderConfig, checkpoint_layers: bool) -> None:
+    decoder = make(config)
+    x, x_t = (torch.randn(2, 5, config.hidden_size, dtype=F64, requires_grad=True) for _ in range(2))
+    hidden, hidden_t = decoder.dual(x, x_t, start=1, checkpoint_layers=checkpoint_layers)
+    # the tangent as a derivative of a derivative: <c, J x_t> differentiated by c
+    c = torch.zeros(2, 4, config.hidden_size, dtype=F64, requires_grad=True)
+    y = plain.decode(decoder, x)[:, 1:]
+    pulled, = torch.autograd.grad(y, x, c, create_graph=True)
+    y_t, = torch.autograd.grad(pulled, c, x_t, create_graph=True)
+    torch.testing.assert_close(hidden, y, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(hidden_t, y_t, rtol=1e-9, atol=1e-11)
+    inputs = (x, x_t, *decoder.parameters())
+    ours = torch.autograd.grad(hidden.sin().sum() + hidden_t.square().sum(), inputs)
+    theirs = torch.autograd.grad(y.sin().sum() + y_t.square().sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_cache_equals_full_forward(config: DecoderConfig) -> None:
+    decoder = make(config)
+    prefix = torch.randn(2, 3, config.hidden_size, dtype=F64)
+    queries = torch.randn(4, 6, config.hidden_size, dtype=F64)  # two for each prefix
+    cache = decoder.new_cache(2, 3)
+    decoder.prefill(prefix, cache)
+    cache = cache.repeat(2, 9)
+    first = decoder.prefill(queries[:, :4], cache)
+    rest = [decoder.step(queries[:, t : t + 1], cache) for t in (4, 5)]
+    full = decoder(torch.cat([prefix.repeat_interleave(2, 0), queries], 1), start=3)
+    torch.testing.assert_close(torch.cat([first, *rest], 1), full, rtol=1e-10, atol=1e-12)
+
+
+def test_ragged_cache_equals_each_row_alone() -> None:
+    decoder = make(SHAPES[2])
+    x, extra = torch.randn(3, 5, 8, dtype=F64), torch.randn(3, 2, 8, dtype=F64)
+    lengths = torch.tensor([5, 2, 0])
+    cache = decoder.new_cache(3, 7)
+    decoder.prefill(x, cache)
+    cache.truncate(lengths)
+    steps = torch.cat([decoder.step(extra[:, t : t + 1], cache) for t in range(2)], 1)
+    for row, length in enumerate(lengths.tolist()):
+        alone = decoder(torch.cat([x[row, :length], extra[row]])[None], start=length)
+        torch.testing.assert_close(steps[row : row + 1], alone, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ArgumentError, match="rows of one length"):
+        decoder.prefill(extra, cache)
+    with pytest.raises(ArgumentError, match="room for 8 positions"):
+        decoder.step(extra[:, :1], cache)
+
+
+def test_tables_made_under_inference_mode_serve_training() -> None:
+    decoder = make(SHAPES[0])
+    x = torch.randn(1, 70, 8, dtype=F64, requires_grad=True)
+    with torch.inference_mode():
+        decoder(x[:, :4])
+    decoder(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_write_does_no_weight_gradient_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradmem_kernels.reference import linear_cross_entropy, rms_norm
+
+    decoder, prefix = make(SHAPES[0]), Prefix(8, dtype=F64)
+    table = torch.randn(5, 8, dtype=F64, requires_grad=True)
+    tokens = torch.randint(5, (2, 4))
+    asked: list[tuple[bool, ...]] = []
+    for module in (rms_norm, linear_cross_entropy):
+        def spy(*args: Any, backward: Any = module.backward, **options: Any) -> Any:
+            asked.append(args[5])
+            return backward(*args, **options)
+
+        monkeypatch.setattr(module, "backward", spy)
+    loss = PrefixLoss(decoder, prefix, table[tokens], tokens, table)
+    memory = torch.randn(2, 3, 8, dtype=F64, requires_grad=True)
+    write(loss, memory, steps=1, lr=0.1)
+    assert len(asked) == 2 * 2 + 1 + 1
+    assert all(needs[0] and not any(needs[1:]) for needs in asked)
+
+
+@pytest.mark.parametrize("control_tokens", [0, 2])
+@pytest.mark.parametrize("projection", [False, True])
+def test_prefix(control_tokens: int, projection: bool) -> None:
+    prefix = Prefix(4, control_tokens=control_tokens, projection=projection, dtype=F64)
+    for p in prefix.parameters():
+        torch.nn.init.normal_(p)
+    memory, memory_t = (torch.randn(2, 3, 4, dtype=F64, requires_grad=True) for _ in range(2))
+    rows = prefix(memory)
+    assert rows.shape[1] == prefix.length(3) == 3 + 2 * control_tokens
+    torch.testing.assert_close(rows, plain.prefix_rows(prefix, memory))
+    both, tangent = prefix.dual(memory, memory_t), torch.func.jvp(lambda m: plain.prefix_rows(prefix, m),
+                                                                  (memory,), (memory_t,))[1]
+    torch.testing.assert_close(both, torch.stack([rows, tangent]))
+
+
+def test_new_projection_is_the_identity() -> None:
+    memory = torch.randn(2, 3, 4)
+    torch.testing.assert_close(Prefix(4, projection=True)(memory), memory)
+
+
+def test_half_precision_decoder_keeps_the_memory_in_float32() -> None:
+    decoder, prefix = Decoder(SHAPES[0], dtype=torch.bfloat16), Prefix(8, dtype=torch.bfloat16)
+    table = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
+    tokens = torch.randint(5, (2, 4))
+    memory = torch.randn(2, 3, 8, requires_grad=True)
+    out = write(PrefixLoss(decoder, prefix, table[tokens], tokens, table), memory, steps=2, lr=0.1)
+    out.memory.sum().backward()
+    assert out.memory.dtype == memory.grad.dtype == torch.float32
+    assert table.grad.dtype == torch.bfloat16
+
+
+def loss_arguments(**changed: Any) -> dict[str, Any]:
+    return {"decoder": make(SHAPES[0]), "prefix": Prefix(8, dtype=F64), "context_embeds": torch.zeros(2, 4, 8, dtype=F64),
+            "labels": torch.zeros(2, 4, dtype=torch.int64), "head_weight": torch.zeros(5, 8, dtype=F64)} | changed
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"context_embeds": torch.zeros(2, 4, 7, dtype=F64)}, r"context_embeds: expected shape \[B, S, D=8\]"),
+    ({"context_embeds": torch.zeros(2, 0, 8, dtype=F64), "labels": torch.zeros(2, 0, dtype=torch.int64)},
+     "context_embeds: expected at least one context token, got an empty context"),
+    ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, r"labels: expected shape \[B=2, S=4\], got \[2, 3\]"),
+    ({"labels": torch.zeros(2, 4)}, "labels: expected dtype int64, got float32"),
+    ({"head_weight": torch.zeros(5, 8)}, "head_weight: expected the dtype of context_embeds, float64, got float32"),
+    ({"head_bias": torch.zeros(6, dtype=F64)}, r"head_bias: expected shape \[V=5\], got \[6\]"),
+])
+def test_bad_loss_input(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"PrefixLoss: {message}"):
+        PrefixLoss(**loss_arguments(**changed))
+
+
+def test_labels_out_of_range() -> None:
+    with pytest.raises(ArgumentError, match="labels"):
+        PrefixLoss(**loss_arguments(labels=torch.full((2, 4), 5)))(torch.zeros(2, 1, 8, dtype=F64))
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"num_heads": 3}, "num_heads: expected a divisor of hidden_size, 8, got 3"),
+    ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads, 2, got 3"),
+    ({"rotary_dim": 3}, r"rotary_dim: expected an even number in 2\.\.4"),
+    ({"num_layers": 0}, "num_layers: expected an integer >= 1, got 0"),
+])
+def test_bad_config(changed: dict[str, Any], message: str) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 4}
+    with pytest.raises(ArgumentError, match=f"DecoderConfig: {message}"):
+        DecoderConfig(**sizes | changed)
+
+
+@pytest.mark.parametrize(("x", "message"), [
+    (torch.zeros(2, 8, dtype=F64), r"inputs_embeds: expected shape \[B, S, D=8\], got \[2, 8\]"),
+    (torch.zeros(2, 3, 8, dtype=torch.int64), "inputs_embeds: expected a dtype of"),
+])
+def test_bad_decoder_input(x: Tensor, message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"Decoder: {message}"):
+        make(SHAPES[0])(x)
