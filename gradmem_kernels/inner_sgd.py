@@ -58,7 +58,7 @@ def inner_sgd(memory: Tensor, grad: Tensor, lr: float | Tensor, *, clip_value: f
 def inner_sgd_dual(memory: Tensor, grad: Tensor, lr: float | Tensor, memory_t: Tensor | None, grad_t: Tensor | None, *,
                    clip_value: float | None = None, clip_norm: float | None = None,
                    backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`inner_sgd` and its tangent along ``memory_t, grad_t``: ``next_memory, next_memory_t``, differentiable once.
+    """:func:`inner_sgd` and its tangent along ``memory_t, grad_t``: returns both, differentiable once.
 
     Tangents have the shape and dtype of their primals; ``None`` is a known zero. Other arguments and errors as for
     :func:`inner_sgd`; a second derivative raises ``HigherOrderError``.

@@ -26,6 +26,16 @@ def cast(t: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if t is None else t.to(like.dtype)
 
 
+def rows(t: Tensor | None) -> Tensor | None:
+    """``[..., D]`` as ``[rows, D]``."""
+    return None if t is None else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def sum_rows(t: Tensor | None) -> Tensor | None:
+    """The sum over all dimensions but the last."""
+    return None if t is None else rows(t).sum(0)
+
+
 def add_(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """:func:`add` in the place of ``a``, a temporary."""
     return add(a, b) if a is None or b is None or _is_wrapped(b) else a.add_(b)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmem_kernels.reference.common import add, add_, addmm_, cast, mul_, sub_, wide
+from gradmem_kernels.reference.common import add, add_, addmm_, cast, mul_, rows, sub_, sum_rows, wide
 
 #: Elements of one chunk of logits. Kernels hold at most three tensors of that size.
 LOGITS = 2**24
@@ -30,19 +30,19 @@ def backward(x, aux, y, saved, y_bar, needs, *, ignore_index):
 
 def dual_forward(x, aux, x_t, *, ignore_index):
     label, share = _targets(aux[0], ignore_index)
-    rows, rows_t, lses, mus = [], [], [], []
+    losses, losses_t, lses, mus = [], [], [], []
     for _, _, z, z_t, index in _chunks(x, x_t, label):
         z_max = z.amax(-1, keepdim=True)
         z_label = z.gather(-1, index)
         p = z.sub_(z_max).exp_()
         p_sum = p.sum(-1, keepdim=True)
         lses.append(z_max + p_sum.log())
-        rows.append(lses[-1] - z_label)
+        losses.append(lses[-1] - z_label)
         if z_t is not None:
             # row_t = mu - z_t[label],  mu = sum(P * z_t)
             mus.append(mul_(p, z_t).sum(-1, keepdim=True) / p_sum)
-            rows_t.append(mus[-1] - z_t.gather(-1, index))
-    loss, loss_t = (None if t is None else _mean(t, share) for t in (_join(rows), _join(rows_t)))
+            losses_t.append(mus[-1] - z_t.gather(-1, index))
+    loss, loss_t = (None if t is None else _mean(t, share) for t in (_join(losses), _join(losses_t)))
     return (loss,), (loss_t,), (_join(lses), _join(mus))
 
 
@@ -73,23 +73,21 @@ def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *,
         if needs[1]:
             dw = _outer(_outer(dw, dz, h), dz_t, h_t)
         if needs[2]:
-            dc = add(dc, _sum_rows(dz))
+            dc = add(dc, sum_rows(dz))
         if needs_t[0]:
             dh_t.append(addmm_(None, dz_t, w))
         if needs_t[1]:
             dw_t = _outer(dw_t, dz_t, h)
         if needs_t[2]:
-            dc_t = add(dc_t, _sum_rows(dz_t))
+            dc_t = add(dc_t, sum_rows(dz_t))
     return (_select(x, (_join(dh), dw, dc), needs), _select(x, (_join(dh_t), dw_t, dc_t), needs_t))
 
 
-def _chunks(x, x_t, *rows: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """For a chunk of rows at a time: h, h_t, z, z_t and the chunks of ``rows``, [B * S, 1] each."""
-    (hidden, *_), (hidden_t, *_) = x, x_t
+def _chunks(x, x_t, *columns: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """For a chunk of rows at a time: h, h_t, z, z_t and the chunks of ``columns``, [B * S, 1] each."""
     (_, weight, bias), (_, weight_t, bias_t) = map(wide, x), map(wide, x_t)
-    flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (hidden, hidden_t)]
     size = max(1, LOGITS // weight.shape[0])
-    parts = [repeat(None) if t is None else t.split(size) for t in (*flat, *rows)]
+    parts = [repeat(None) if t is None else t.split(size) for t in (rows(x[0]), rows(x_t[0]), *columns)]
     for h, h_t, *rest in zip(*parts, strict=False):
         h, h_t = wide(h), wide(h_t)
         z = F.linear(h, weight, bias)
@@ -120,10 +118,6 @@ def _less_label(g: Tensor, index: Tensor, scale: Tensor) -> Tensor:
 def _outer(total: Tensor | None, dz: Tensor | None, h: Tensor | None) -> Tensor | None:
     """total + dz^T h."""
     return addmm_(total, None if dz is None else dz.mT, h)
-
-
-def _sum_rows(dz: Tensor | None) -> Tensor | None:
-    return None if dz is None else dz.sum(0)
 
 
 def _join(parts: list[Tensor | None]) -> Tensor | None:
