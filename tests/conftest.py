@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with a ``backend`` argument runs on every backend that serves its module's ``OP`` on this machine."""
-    if "backend" in metafunc.fixturenames:
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
         metafunc.parametrize("backend", [name for name in backends.BACKENDS if _serves(name, metafunc.module.OP)])
 
 

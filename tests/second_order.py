@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -209,14 +209,14 @@ def check_needs(case: Case) -> None:
             some = [t for t, flag in zip(x, wanted, strict=True) if flag]
             with spy_kernels() as calls:
                 first = grad((case.run_op(*x) * a).sum(), some, create_graph=True)
-            assert calls.of("backward") == [{"needs": wanted}]
+            assert calls.needs_of("backward", n) == [{"needs": wanted}]
             assert_close(_named("gradient", first), _named("gradient", _chosen(full.first, wanted)))
             s = _dot(first, _chosen(u, wanted))
             if s.requires_grad:
                 with spy_kernels(calls):
                     second = grad(s, some, materialize_grads=True)
                 assert all(not any(f and not w for f, w in zip(call["needs"], wanted, strict=True))
-                           and not any(call["needs_t"]) for call in calls.of("dual_backward"))
+                           and not any(call["needs_t"]) for call in calls.needs_of("dual_backward", n))
                 # the derivative of <first, u> along the wanted inputs alone
                 alone = tuple(t if flag else torch.zeros_like(t) for t, flag in zip(u, wanted, strict=True))
                 expected = derivatives(case.run_op, case.inputs, a, alone).second[:n]
@@ -226,13 +226,14 @@ def check_needs(case: Case) -> None:
             with spy_kernels() as calls:
                 _, y_t = case.run_dual(*x, *x_t)
                 grad((y_t * a).sum(), some, materialize_grads=True)
-            assert calls.of("dual_backward") == [{"needs": wanted, "needs_t": (False,) * n}]
-            assert [t is None for t in calls[-1].arguments["y_bar"]] == [True]
+            assert calls.needs_of("dual_backward", n) == [{"needs": wanted, "needs_t": (False,) * n}]
+            assert all(t is None for t in calls[-1].arguments["y_bar"])
     x, x_t = case.inputs, _leaves(x_t)
     with spy_kernels() as calls:
         _, y_t = case.run_dual(*x, *x_t)
         grad((y_t * a).sum(), x_t)
-    assert calls.of("dual_backward") == [{"needs": (False,) * n, "needs_t": tuple(i in case.active for i in range(n))}]
+    active = tuple(i in case.active for i in range(n))
+    assert calls.needs_of("dual_backward", n) == [{"needs": (False,) * n, "needs_t": active}]
 
 
 def check_precision(case: Case, dtype: torch.dtype) -> None:
@@ -243,20 +244,19 @@ def check_precision(case: Case, dtype: torch.dtype) -> None:
     """
     narrow = case.to(dtype)
     exact = narrow.to(torch.float64)
-    a, *u = (t.to(dtype) for t in (case.cotangent(), *_random_likes(case.inputs)))
+    a, u = narrow.cotangent(), _random_likes(narrow.inputs)
 
     def results(c: Case, op: Callable[..., Tensor], dual: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        as_inputs = [t.to(c.inputs[0].dtype) for t in (a, *u)]
-        x_t = tuple(as_inputs[1 + i] for i in c.active)
-        return {**derivatives(op, c.inputs, as_inputs[0], tuple(as_inputs[1:])).named(),
-                **_dual_gradients(dual, c.inputs, x_t, (as_inputs[0],) * 2)}
+        bar, x_t = (a, u) if c is narrow else (a.double(), tuple(t.double() for t in u))
+        return {**derivatives(op, c.inputs, bar, x_t).named(),
+                **_dual_gradients(dual, c.inputs, tuple(x_t[i] for i in c.active), (bar, bar))}
 
     ours = results(narrow, narrow.run_op, narrow.run_dual)
     plain = results(narrow, narrow.run_plain, narrow.run_plain_dual)
     for name, truth in results(exact, exact.run_plain, exact.run_plain_dual).items():
-        assert ours[name].dtype == dtype, f"{name} is {ours[name].dtype}, expected {dtype}"
+        assert ours[name].dtype == plain[name].dtype, f"{name} is {ours[name].dtype}, expected {plain[name].dtype}"
         error, of_plain = (ours[name] - truth).norm(), (plain[name] - truth).norm()
-        of_rounding = torch.finfo(dtype).eps / 2 * truth.norm()
+        of_rounding = torch.finfo(ours[name].dtype).eps / 2 * truth.norm()
         assert error <= 2 * of_plain + of_rounding, (
             f"{name} in {dtype}: error {error:.2e}, of plain PyTorch {of_plain:.2e}, of rounding {of_rounding:.2e}")
 
@@ -269,6 +269,19 @@ def check_determinism(case: Case) -> None:
                  **_dual_gradients(case.run_dual, case.inputs, x_t, (a, a))} for _ in range(2))
     for name in one:
         assert torch.equal(one[name], two[name]), f"{name} differs between two equal calls"
+
+
+def check_retained_graph(case: Case) -> None:
+    """A backward pass leaves the graph as it was: run again, it gives the same bits."""
+    x, a, u = _leaves(case.inputs), case.cotangent().requires_grad_(), _random_likes(case.inputs)
+    x_t = _leaves(u[i] for i in case.active)
+    y = case.run_op(*x)
+    s = _dot(grad(y, x, a, create_graph=True, materialize_grads=True), u)
+    dual = sum((t * a).sum() for t in case.run_dual(*x, *x_t))
+    for of, by in ((y, x), (s, (*x, a)), (dual, (*x, *x_t))):
+        bar = torch.ones_like(of)
+        one, two = (grad(of, by, bar, retain_graph=True, materialize_grads=True) for _ in range(2))
+        assert all(map(torch.equal, one, two))
 
 
 def check_batch(case: Case) -> None:
@@ -299,7 +312,7 @@ def check_no_graph(case: Case) -> None:
 
 
 CHECKS = (check_values, check_layouts, check_gradcheck, check_transforms, check_dual, check_dual_gradcheck,
-          check_last_derivative, check_needs, check_determinism, check_batch, check_no_graph)
+          check_last_derivative, check_needs, check_determinism, check_retained_graph, check_batch, check_no_graph)
 
 
 #: Parametrises a test of :func:`check_precision`.
@@ -342,10 +355,12 @@ class KernelCall(NamedTuple):
 
 
 class KernelCalls(list[KernelCall]):
-    def of(self, kernel: str) -> list[dict[str, tuple[bool, ...]]]:
-        """The needs of the calls of ``kernel``."""
-        return [{k: v for k, v in call.arguments.items() if k.startswith("needs")} for call in self
-                if call.kernel == kernel]
+    def needs_of(self, kernel: str, present: int) -> list[dict[str, tuple[bool, ...]]]:
+        """For each call of ``kernel``, what it needed of the ``present`` inputs (of absent ones it needs nothing)."""
+        calls = [{k: v for k, v in call.arguments.items() if k.startswith("needs")} for call in self
+                 if call.kernel == kernel]
+        assert not any(any(needs[present:]) for call in calls for needs in call.values())
+        return [{k: needs[:present] for k, needs in call.items()} for call in calls]
 
 
 @contextlib.contextmanager
@@ -378,7 +393,7 @@ def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def random_like(t: Tensor) -> Tensor:
@@ -404,6 +419,11 @@ def _transforms(f: Callable[..., Tensor], x: Inputs, a: Tensor, u: Inputs,
     yield "jvp(grad)", jvp(ds, x, u)
     yield "grad(jvp)", grad(lambda *x: (jvp(f, x, u)[1] * a).sum(), every)(*x)
     yield "hessian", hessian(s, every)(*x)
+    for i in every:
+        def ds_of_one(t: Tensor, i: int = i) -> Inputs:
+            return ds(*x[:i], t, *x[i + 1 :])
+
+        yield f"jvp(grad) along input {i} alone", jvp(ds_of_one, (x[i],), (u[i],))
     for mapped in (*(tuple(i == j for j in every) for i in every), (True,) * len(x)):
         pairs = tuple(torch.stack(p) if flag else p[0] for *p, flag in zip(x, others, mapped, strict=True))
         in_dims = tuple(0 if flag else None for flag in mapped)
@@ -433,7 +453,7 @@ def _rows(tensors: Inputs, batched: Sequence[bool], b: int) -> Inputs:
     return tuple(t[b : b + 1] if flag else t for t, flag in zip(tensors, batched, strict=True))
 
 
-def _leaves(tensors: Sequence[Tensor]) -> Inputs:
+def _leaves(tensors: Iterable[Tensor]) -> Inputs:
     return tuple(t.detach().requires_grad_() for t in tensors)
 
 
