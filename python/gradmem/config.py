@@ -1,0 +1,126 @@
+"""Configurations: one declaration per option gives its default, its check, its help and its command-line flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from gradmem_kernels.checks import ArgumentError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Config", "GradMemConfig", "LMConfig", "option"]
+
+
+def option(default: Any, text: str, *, minimum: float | None = None, above: float | None = None,
+           maximum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is checked when the configuration is made and offered on the command line."""
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum}
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, **bounds})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all configurations: frozen, checked field by field, and the same after a round trip through JSON."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, self._checked(field, hints[field.name], getattr(self, field.name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration with these values; the others have their defaults.
+
+        Raises:
+            ArgumentError: for a name that is no option, or a value its option does not take.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ArgumentError(f"{cls.__name__}: {name}: expected one of {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def fail(self, argument: str, expected: str, got: object) -> None:
+        raise ArgumentError(f"{type(self).__name__}: {argument}: expected {expected}, got {got!r}")
+
+    def _checked(self, field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+        kinds = get_args(hint) or (hint,)
+        if value is None and type(None) in kinds:
+            return None
+        rule = field.metadata
+        kind = next(k for k in kinds if k is not type(None))
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            self.fail(field.name, {int: "an integer", float: "a number", bool: "True or False", str: "a string"}[kind],
+                      value)
+        if kind is str and rule["choices"] and value not in rule["choices"]:
+            self.fail(field.name, f"one of {', '.join(rule['choices'])}", value)
+        if kind in (int, float):
+            low, above, high = rule["minimum"], rule["above"], rule["maximum"]
+            if (not math.isfinite(value) or (low is not None and value < low) or (above is not None and value <= above)
+                    or (high is not None and value > high)):
+                bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", low), (">", above), ("<=", high))
+                          if bound is not None]
+                self.fail(field.name, f"a finite number {' and '.join(bounds)}".rstrip(), value)
+        return value
+
+
+@dataclass(frozen=True)
+class LMConfig(Config):
+    """The small built-in decoder of the Llama family."""
+
+    vocab_size: int = option(72, "tokens in the vocabulary; the task sets it", minimum=1)
+    hidden_size: int = option(128, "width of the model", minimum=1)
+    num_layers: int = option(4, "transformer layers", minimum=1)
+    num_heads: int = option(4, "attention heads", minimum=1)
+    num_kv_heads: int | None = option(None, "key-value heads, a divisor of the heads (default: as many)", minimum=1)
+    intermediate_size: int = option(512, "width of the SwiGLU layer", minimum=1)
+    rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0)
+    norm_eps: float = option(1e-6, "epsilon of the RMSNorms", minimum=0)
+    tie_embeddings: bool = option(False, "use the embedding table as the head")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            self.fail("hidden_size", f"an even multiple of num_heads={self.num_heads}", self.hidden_size)
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            self.fail("num_kv_heads", f"a divisor of num_heads={self.num_heads}", self.num_kv_heads)
+
+
+@dataclass(frozen=True)
+class GradMemConfig(Config):
+    """What GradMem adds to a language model: the memory, and how WRITE makes it."""
+
+    memory_tokens: int = option(8, "memory vectors per context", minimum=1)
+    steps: int = option(2, "inner gradient steps of WRITE", minimum=0)
+    inner_lr: float = option(0.04, "inner learning rate", minimum=0)
+    learn_inner_lr: bool = option(False, "learn a factor of the inner learning rate for each step")
+    order: str = option("second", "order of the meta-gradient through WRITE", choices=("none", "first", "second"))
+    second_order_steps: int | None = option(None, "only the last N steps are second order (default: all)", minimum=0)
+    recompute: str = option("step", "what the backward pass of WRITE recomputes", choices=("none", "step", "layer"))
+    inner_clip_value: float | None = option(None, "clip each entry of the inner gradient", above=0)
+    inner_clip_norm: float | None = option(None, "clip the norm of a sample's inner gradient", above=0)
+    control_tokens: int = option(0, "learned vectors on each side of the memory, other ones for WRITE and READ",
+                                 minimum=0)
+    memory_projection: str = option("none", "a linear map of the memory, one for all samples, WRITE and READ",
+                                    choices=("none", "shared"))
+    write_head: bool = option(False, "a head of its own for the WRITE loss")
+    inner_loss_weight: float = option(0.0, "weight of the last inner loss in the training loss", minimum=0)
+    memory_init_std: float = option(0.02, "standard deviation of the initial memory", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learn_inner_lr and self.steps == 0:
+            self.fail("learn_inner_lr", "False where steps=0", True)
+        if self.second_order_steps is not None and (self.order != "second" or self.second_order_steps > self.steps):
+            self.fail("second_order_steps", f"None, or at most steps={self.steps} with order='second'",
+                      self.second_order_steps)

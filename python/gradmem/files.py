@@ -1,0 +1,90 @@
+"""Files of this package: safetensors with a description, replaced in one step, refused with a reason."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from gradmem.errors import GradMemError
+
+__all__ = ["load_tensors", "replacing", "save_tensors"]
+
+_KEY = "gradmem"  # of the description in the safetensors metadata
+_MAX_HEADER = 100_000_000  # bytes, the limit of the format
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends well; else ``path`` stays as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors writes files that only their owner can read
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: Path, kind: str, version: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Writes ``tensors`` with the JSON description ``about``; an interrupted write leaves the old file."""
+    metadata = {_KEY: json.dumps({"kind": kind, "version": version, **about}, sort_keys=True)}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
+
+
+def load_tensors(path: Path, kind: str, version: int,
+                 error: type[GradMemError]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on CPU) and the description of a file made by :func:`save_tensors`.
+
+    Raises:
+        error: if the file does not exist, is truncated, is not safetensors, or is of another kind or version.
+    """
+    try:
+        _check_safetensors(path, error)
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            about = json.loads(metadata[_KEY]) if _KEY in metadata else {}
+            if about.get("kind") != kind:
+                raise error(f"{path}: expected a {kind} file of gradmem, got "
+                            f"{'a ' + about['kind'] + ' file' if 'kind' in about else 'safetensors of something else'}")
+            if about.get("version") != version:
+                raise error(f"{path}: expected version {version} of the {kind} format, got {about.get('version')}")
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except safetensors.SafetensorError as reason:
+        raise error(f"{path}: not a valid safetensors file: {reason}") from reason
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror or reason}") from reason
+
+
+def _check_safetensors(path: Path, error: type[GradMemError]) -> None:
+    """Tells a truncated file from one of another format, which the safetensors library does not."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header = file.read(min(length, _MAX_HEADER))
+    if len(start) < 8 or length > _MAX_HEADER or not header.startswith(b"{"):
+        raise error(f"{path}: not a safetensors file" + (" (it is empty)" if size == 0 else ""))
+    if len(header) < length:
+        raise error(f"{path}: truncated safetensors file: its header has {len(header)} of {length} bytes")
+    try:
+        entries = json.loads(header)
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError) as reason:
+        raise error(f"{path}: not a safetensors file: its header cannot be parsed") from reason
+    if size < 8 + length + end:
+        raise error(f"{path}: truncated safetensors file: {size} of {8 + length + end} bytes")

@@ -1,0 +1,276 @@
+"""GradMem: a language model that writes contexts into memory vectors by gradient descent, and reads them.
+
+Kuratov et al., arXiv 2603.13875. WRITE descends, from a learned initial memory, the loss of the context read from
+``[prefix(memory); context]``; READ predicts the query and its answer from ``[prefix(memory); query]``, with the
+context gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmem import generation
+from gradmem.config import GradMemConfig
+from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
+from gradmem.lm import CausalLM
+from gradmem.memory import Memory, Provenance, context_hash
+from gradmem.tasks.batch import IGNORE
+from gradmem_kernels import Prefix, PrefixLoss, WriteOutput, write
+from gradmem_kernels.checks import Checker
+
+__all__ = ["GradMem", "GradMemOutput"]
+
+
+@dataclass(frozen=True, eq=False)
+class GradMemOutput:
+    """What :class:`GradMem` returns.
+
+    Attributes:
+        loss: mean READ cross-entropy over the labels (nats), plus the weighted inner loss; ``None`` without labels.
+        logits: ``[B, T, V]`` or ``[B, n, T, V]``; ``logits[..., t, :]`` predicts query token ``t``.
+        inner_losses: ``[steps, B]``, the WRITE loss before each step.
+        grad_norms: ``[steps, B]``, norms of the inner gradients before clipping, detached.
+        memory: ``[B, m, D]``, as written.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    inner_losses: Tensor
+    grad_norms: Tensor
+    memory: Tensor
+
+
+class GradMem(nn.Module):
+    """GradMem around ``backbone``, see :class:`gradmem.CausalLM` for what it needs to have.
+
+    Args:
+        backbone: the language model; READ and WRITE use the same weights.
+        config: the memory and how it is written.
+    """
+
+    def __init__(self, backbone: CausalLM, config: GradMemConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        table = backbone.embed_tokens.weight
+        width, device, dtype = table.shape[1], table.device, table.dtype
+        self.memory_init = nn.Parameter(
+            torch.randn(config.memory_tokens, width, device=device, dtype=dtype) * config.memory_init_std)
+        self.write_prefix = Prefix(width, control_tokens=config.control_tokens, device=device, dtype=dtype,
+                                   projection=config.memory_projection == "shared")
+        self.read_prefix = Prefix(width, control_tokens=config.control_tokens, device=device, dtype=dtype)
+        self.read_prefix.projection = self.write_prefix.projection
+        self.write_head: nn.Parameter | None = None
+        if config.write_head:
+            self.write_head = nn.Parameter(backbone.head_weight.detach().clone())
+        self.inner_lr_scale: nn.Parameter | None = None
+        if config.learn_inner_lr:
+            self.inner_lr_scale = nn.Parameter(torch.ones(config.steps, device=device, dtype=dtype))
+        self._fingerprint: tuple[tuple[tuple[int, int], ...], str] | None = None
+
+    def forward(self, context_input_ids: Tensor, query_input_ids: Tensor, labels: Tensor | None = None,
+                context_lengths: Tensor | None = None) -> GradMemOutput:
+        """Writes each context and reads its queries, differentiable through both.
+
+        Args:
+            context_input_ids: ``[B, S]`` int64, right-padded.
+            query_input_ids: ``[B, T]`` int64, or ``[B, n, T]`` for ``n`` queries of each memory; in training each
+                query is followed by its answer.
+            labels: of the query's shape, int64: the token at each position that counts for the loss, else -100.
+            context_lengths: ``[B]`` valid tokens of each context; default: all.
+
+        Returns:
+            A :class:`GradMemOutput`.
+
+        Raises:
+            ArgumentError: for an argument of another type, shape, dtype or device, ids or labels out of range, an
+                empty context or query.
+        """
+        check = self._check_context("GradMem", context_input_ids, context_lengths)
+        self._check_query(check, query_input_ids)
+        if labels is not None:
+            check_labels(check, labels, query_input_ids, self.vocab_size)
+        written = self._write(context_input_ids, context_lengths, self.config.steps)
+        logits = self._logits(written.memory, query_input_ids[..., :-1])
+        loss = None if labels is None else self._loss(logits, labels, written.losses)
+        return GradMemOutput(loss, logits, written.losses, written.grad_norms, written.memory)
+
+    def write(self, context_ids: Tensor, *, context_lengths: Tensor | None = None, steps: int | None = None) -> Memory:
+        """Writes each context into a memory. Under ``no_grad`` or ``inference_mode`` nothing else is kept.
+
+        The token ids are copied to the host for the memory's provenance.
+
+        Args:
+            context_ids: ``[N, S]`` int64, right-padded.
+            context_lengths: ``[N]`` valid tokens of each context; default: all.
+            steps: inner steps, >= 0; default: those of the configuration. Steps beyond these use the last learned
+                learning rate.
+
+        Returns:
+            The ``N`` memories.
+
+        Raises:
+            ArgumentError: as :meth:`forward`.
+        """
+        check = self._check_context("GradMem.write", context_ids, context_lengths)
+        steps = self.config.steps if steps is None else steps
+        check_count(check, "steps", steps, 0)
+        memory = self._write(context_ids, context_lengths, steps).memory
+        rows = context_ids.tolist()
+        lengths = [len(row) for row in rows] if context_lengths is None else context_lengths.tolist()
+        rates, model = self.inner_lrs(steps), self.fingerprint()
+        return Memory(memory, tuple(Provenance(model, steps, rates, context_hash(row[:n]))
+                                    for row, n in zip(rows, lengths, strict=True)))
+
+    def read(self, memory: Memory, query_ids: Tensor, *, next_token: bool = False) -> Tensor:
+        """Logits of the query's tokens, ``[N, T, V]`` (or ``[N, n, T, V]``): row ``t`` predicts query token ``t``.
+
+        Args:
+            memory: ``N`` memories.
+            query_ids: ``[N, T]`` int64, or ``[N, n, T]`` for ``n`` queries of each memory.
+            next_token: adds a row ``T``, which predicts the token after the query.
+
+        Raises:
+            ArgumentError: for an argument of another type, shape, dtype or device, or ids out of range.
+        """
+        self._check_query(self._check_memory("GradMem.read", memory), query_ids)
+        return self._logits(_tracked(memory.tensor), query_ids if next_token else query_ids[..., :-1])
+
+    def generate(self, memory: Memory, query_ids: Tensor, *, max_new_tokens: int, query_lengths: Tensor | None = None,
+                 eos_token_id: int | None = None) -> Tensor:
+        """Greedy continuations of the queries, ``[N, max_new_tokens]`` (or ``[N, n, max_new_tokens]``) int64.
+
+        The keys and values of each memory's prefix are computed once for all its queries.
+
+        Args:
+            memory: ``N`` memories.
+            query_ids: ``[N, T]`` int64, or ``[N, n, T]`` for ``n`` queries of each memory, right-padded.
+            max_new_tokens: tokens to generate, >= 1.
+            query_lengths: ``[N]`` or ``[N, n]`` valid tokens of each query; default: all.
+            eos_token_id: ends a continuation, which is then filled up with it.
+
+        Raises:
+            ArgumentError: for an argument of another type, shape, dtype or device, ids or lengths out of range.
+        """
+        check = self._check_memory("GradMem.generate", memory)
+        self._check_query(check, query_ids)
+        check_count(check, "max_new_tokens", max_new_tokens, 1)
+        if query_lengths is None:
+            query_lengths = torch.full(query_ids.shape[:-1], query_ids.shape[-1], device=query_ids.device)
+        check_lengths(check, "query_lengths", query_lengths, ("B", "n")[: query_ids.ndim - 1], query_ids.shape[-1])
+        if eos_token_id is not None:
+            check_count(check, "eos_token_id", eos_token_id, 0)
+        ids = generation.greedy(self.backbone, self._prefix(memory.tensor), query_ids.view(len(query_ids), -1,
+                                query_ids.shape[-1]), query_lengths.flatten(), max_new_tokens, eos_token_id)
+        return ids.view(*query_ids.shape[:-1], max_new_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backbone.embed_tokens.weight.shape[0]
+
+    def inner_lrs(self, steps: int) -> tuple[float, ...]:
+        """The learning rate of each of ``steps`` inner steps."""
+        lr = self._inner_lr(steps)
+        return tuple(lr.tolist()) if isinstance(lr, Tensor) else (lr,) * steps
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every parameter that READ uses, dtype included, in hex.
+
+        It is computed again when a parameter has changed in place (by an optimizer, by loading) or was replaced.
+        """
+        weights = list(self._read_weights())
+        state = tuple((weight.data_ptr(), weight._version) for _, weight in weights)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256(json.dumps({
+                "backbone": self.backbone.config.to_dict(), "memory_tokens": self.config.memory_tokens}).encode())
+            for name, weight in weights:
+                digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            self._fingerprint = state, digest.hexdigest()
+        return self._fingerprint[1]
+
+    def _read_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.backbone.named_parameters("backbone")
+        yield from self.read_prefix.named_parameters("read_prefix")
+
+    def _write(self, ids: Tensor, lengths: Tensor | None, steps: int) -> WriteOutput:
+        cfg, outer_grad = self.config, torch.is_grad_enabled()
+        # inference tensors cannot take part in the inner gradient
+        with torch.inference_mode(False), torch.set_grad_enabled(outer_grad):
+            labels = ids = _tracked(ids)
+            if lengths is not None:
+                padding = torch.arange(ids.shape[1], device=ids.device) >= lengths.unsqueeze(1)
+                labels = ids.masked_fill(padding, IGNORE)
+            head = self.backbone.head_weight if self.write_head is None else self.write_head
+            embeds = self.backbone.embed_tokens(ids)
+            loss_fn = PrefixLoss(self.backbone.decoder, self.write_prefix, embeds, labels, head)
+            memory = _at_least_float32(self.memory_init).expand(len(ids), -1, -1)
+            last = None if cfg.second_order_steps is None else min(cfg.second_order_steps, steps)
+            return write(loss_fn, memory, steps=steps, lr=self._inner_lr(steps), order=cfg.order,
+                         second_order_steps=last, recompute=cfg.recompute, clip_value=cfg.inner_clip_value,
+                         clip_norm=cfg.inner_clip_norm)
+
+    def _inner_lr(self, steps: int) -> float | Tensor:
+        if self.inner_lr_scale is None:
+            return self.config.inner_lr
+        index = torch.arange(steps, device=self.inner_lr_scale.device).clamp(max=self.config.steps - 1)
+        return self.config.inner_lr * _at_least_float32(self.inner_lr_scale)[index]
+
+    def _prefix(self, memory: Tensor) -> Tensor:
+        return self.read_prefix(memory.to(self.memory_init.dtype))
+
+    def _logits(self, memory: Tensor, query_ids: Tensor) -> Tensor:
+        """Logits of each query token and of the one after the last: ``[..., T + 1, V]`` for ``query_ids [..., T]``."""
+        prefix, embeds = self._prefix(memory), self.backbone.embed_tokens(query_ids)
+        if query_ids.ndim == 3:
+            prefix = prefix.repeat_interleave(query_ids.shape[1], 0)
+        rows = torch.cat([prefix, embeds.flatten(0, -3)], 1)
+        hidden = self.backbone.decoder(rows, start=prefix.shape[1] - 1)
+        return F.linear(hidden, self.backbone.head_weight).view(*query_ids.shape[:-1], query_ids.shape[-1] + 1, -1)
+
+    def _loss(self, logits: Tensor, labels: Tensor, inner_losses: Tensor) -> Tensor:
+        total = F.cross_entropy(_at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORE,
+                                reduction="sum")
+        loss = total / (labels != IGNORE).sum().clamp(min=1)
+        if self.config.inner_loss_weight and len(inner_losses):
+            loss = loss + self.config.inner_loss_weight * inner_losses[-1].mean()
+        return loss
+
+    def _check_context(self, op: str, ids: Tensor, lengths: Tensor | None) -> Checker:
+        check = self._checker(op)
+        check_ids(check, "context_input_ids", ids, ("B", "S"), self.vocab_size)
+        if lengths is not None:
+            check_lengths(check, "context_lengths", lengths, ("B",), ids.shape[1])
+        return check
+
+    def _check_memory(self, op: str, memory: Memory) -> Checker:
+        check = self._checker(op)
+        if not isinstance(memory, Memory):
+            check.fail("memory", "a gradmem.Memory", type(memory).__name__, "GradMem.write makes one")
+        check.tensor("memory", memory.tensor, ("B", "m", "D"), dtypes=(memory.tensor.dtype,))
+        return check
+
+    def _check_query(self, check: Checker, ids: Tensor) -> None:
+        several = isinstance(ids, Tensor) and ids.ndim == 3
+        check_ids(check, "query_input_ids", ids, ("B", "n", "T") if several else ("B", "T"), self.vocab_size)
+
+    def _checker(self, op: str) -> Checker:
+        check = Checker(op)
+        check.tensor("the model", self.memory_init, ("m", "D"))  # what follows has its device
+        return check
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _tracked(t: Tensor) -> Tensor:
+    """``t``, or a copy that autograd can use where ``t`` was made in inference mode."""
+    return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
