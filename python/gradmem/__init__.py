@@ -1,0 +1,15 @@
+"""GradMem: contexts written into memory vectors by gradient descent at test time, and read with the context gone."""
+
+from gradmem.checkpoint import Checkpoint
+from gradmem.config import GradMemConfig, LMConfig
+from gradmem.errors import CheckpointError, DataError, GradMemError, MemoryFileError, MissingExtraError, NonFiniteError
+from gradmem.evaluation import Evaluation, evaluate
+from gradmem.experiment import DataConfig, Experiment, TrainConfig
+from gradmem.lm import CausalLM
+from gradmem.memory import Memory, Provenance
+from gradmem.model import GradMem, GradMemOutput
+from gradmem.training import Trainer
+
+__all__ = ["CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError", "Evaluation", "Experiment",
+           "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "LMConfig", "Memory", "MemoryFileError",
+           "MissingExtraError", "NonFiniteError", "Provenance", "TrainConfig", "Trainer", "evaluate"]

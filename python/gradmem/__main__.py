@@ -1,0 +1,5 @@
+"""``python -m gradmem`` is the ``gradmem`` command."""
+
+from gradmem.cli import app
+
+app(prog_name="gradmem")

@@ -1,0 +1,115 @@
+"""Checkpoints: one safetensors file with the weights, the optimizer, the configurations and where training is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradmem.errors import CheckpointError
+from gradmem.experiment import Experiment
+from gradmem.files import load_tensors, save_tensors
+from gradmem.model import GradMem
+from gradmem_kernels.checks import ArgumentError
+
+__all__ = ["Checkpoint", "TrainState"]
+
+_KIND, _VERSION = "checkpoint", 1
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+@dataclass
+class TrainState:
+    """Where training is. Batches are functions of seed and step, so there is no state of random numbers.
+
+    Attributes:
+        step: steps done.
+        level: of the curriculum, the number of pairs.
+        average: moving average of the exact match on training batches, since the level began.
+        data: SHA-256 of the data files' examples, empty for generated data.
+    """
+
+    step: int = 0
+    level: int = 1
+    average: float = 0.0
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds."""
+
+    path: Path
+    experiment: Experiment
+    state: TrainState
+    tensors: dict[str, Tensor]
+
+    @staticmethod
+    def save(path: Path, experiment: Experiment, state: TrainState, model: nn.Module,
+             optimizer: torch.optim.Optimizer) -> None:
+        """Replaces ``path`` in one step: an interrupted write leaves the old checkpoint."""
+        tensors = {}
+        for name, weight in model.named_parameters():
+            tensors[_MODEL + name] = weight.detach()
+            for key, value in optimizer.state[weight].items():
+                tensors[f"{_OPTIMIZER}{name}.{key}"] = value
+        save_tensors(path, _KIND, _VERSION, tensors,
+                     {"experiment": experiment.to_dict(), "state": dataclasses.asdict(state)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Checkpoint:
+        """
+        Raises:
+            CheckpointError: if the file is missing, truncated, not safetensors or not a checkpoint.
+        """
+        path = Path(path)
+        tensors, about = load_tensors(path, _KIND, _VERSION, CheckpointError)
+        try:
+            return cls(path, Experiment.from_dict(about["experiment"]), TrainState(**about["state"]), tensors)
+        except (ArgumentError, KeyError, TypeError) as reason:
+            raise CheckpointError(f"{path}: not a valid checkpoint: {reason}") from reason
+
+    def model(self, device: torch.device | str = "cpu") -> GradMem:
+        """The trained model."""
+        model = self.experiment.make_model()
+        self.restore(model)
+        return model.to(device)
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Copies the weights, and the optimizer's state, into place.
+
+        Raises:
+            CheckpointError: if the file's tensors are not those of this model.
+        """
+        weights = dict(model.named_parameters())
+        saved = {n.removeprefix(_MODEL): list(t.shape) for n, t in self.tensors.items() if n.startswith(_MODEL)}
+        expected = {name: list(weight.shape) for name, weight in weights.items()}
+        if saved != expected:
+            name = next(n for n in {**expected, **saved} if saved.get(n) != expected.get(n))
+            raise CheckpointError(f"{self.path}: {name}: expected shape {expected.get(name, 'none')}, got "
+                                  f"{saved.get(name, 'none')}")
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(self.tensors[_MODEL + name])
+                prefix = f"{_OPTIMIZER}{name}."
+                if optimizer is not None:
+                    optimizer.state[weight] = {key.removeprefix(prefix): value.to(weight.device, copy=True)
+                                               for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def check_options(self, options: Mapping[str, Any]) -> Experiment:
+        """The experiment to resume, with those of ``options`` that may change.
+
+        Raises:
+            CheckpointError: listing the options with which this checkpoint would not continue the same run.
+        """
+        mine = self.experiment.options()
+        wrong = [f"{name}: checkpoint {mine[name]!r}, now {value!r}" for name, value in options.items()
+                 if value != mine[name] and not self.experiment.train.may_change(name)]
+        if wrong:
+            raise CheckpointError(f"{self.path}: made with another configuration: {'; '.join(wrong)}")
+        return Experiment.from_options({**mine, **options})

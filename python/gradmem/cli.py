@@ -1,0 +1,177 @@
+"""The ``gradmem`` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gradmem.checkpoint import Checkpoint
+from gradmem.cli_options import Commands, experiment_options, progress
+from gradmem.demo import run_demo
+from gradmem.doctor import doctor as print_doctor
+from gradmem.errors import CheckpointError, DataError
+from gradmem.evaluation import evaluate
+from gradmem.experiment import Experiment
+from gradmem.memory import Memory
+from gradmem.metrics import plot as draw_plot
+from gradmem.metrics import require_matplotlib
+from gradmem.tasks import JsonlTask, KVTask
+from gradmem.tasks.kv import END
+from gradmem.training import CHECKPOINT, METRICS, Trainer
+from gradmem_kernels import ArgumentError
+
+__all__ = ["app"]
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Write contexts into memory vectors by gradient descent, and read them with the context gone.")
+train_app = typer.Typer(no_args_is_help=True, help="Train a GradMem.")
+app.add_typer(train_app, name="train")
+
+CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint of a training run")]
+DeviceOption = Annotated[str, typer.Option(help="torch device to run on")]
+
+
+@train_app.command("kv")
+@experiment_options
+def train_kv(
+    options: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="directory of the checkpoint, metrics and plot")] = Path("runs/kv"),
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    plot: Annotated[bool, typer.Option(help="draw loss and exact match as PNG at the end")] = True,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train a GradMem with a small built-in decoder to retrieve values by their keys.
+
+    A resumed run takes its options from the checkpoint; those given here must agree with it.
+    """
+    if plot:
+        require_matplotlib()
+    target = _device(device)
+    if resume:
+        trainer = Trainer.resume(out, options, target)
+    else:
+        if (out / CHECKPOINT).exists():
+            raise CheckpointError(f"{out / CHECKPOINT}: exists already; continue it with --resume, or name another "
+                                  f"directory with --out")
+        trainer = Trainer(Experiment.from_options(options), out, target)
+    console = Console()
+    with progress(console, trainer.config.max_steps) as on_step:
+        stopped = trainer.run(on_step)
+    if plot:
+        draw_plot(out / METRICS, out / "curves.png")
+    console.print(f"step {trainer.state.step}: saved {out / CHECKPOINT}", highlight=False, soft_wrap=True)
+    if stopped is not None:
+        console.print(f"stopped by {stopped.name}; continue with --resume")
+        raise typer.Exit(128 + stopped)
+
+
+@app.command("eval")
+def evaluate_checkpoint(
+    checkpoint: CheckpointArgument,
+    steps: Annotated[Optional[list[int]], typer.Option(  # noqa: UP045 - typer reads it at run time
+        help="inner steps of WRITE; may be repeated (default: 0, 1 and as trained)")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="held-out contexts")] = 1024,
+    data: Annotated[Optional[Path], typer.Option(  # noqa: UP045
+        help="JSONL file to evaluate on (default: what the checkpoint was trained to be evaluated on)")] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Print the exact match of a checkpoint on held-out contexts."""
+    loaded = Checkpoint.load(checkpoint)
+    task = loaded.experiment.make_task() if data is None else JsonlTask(data, _tokenizer(loaded))
+    model = loaded.model(_device(device))
+    table = Table(title=f"{checkpoint}, step {loaded.state.step}")
+    for column in ("inner steps", "exact match", "loss", "samples"):
+        table.add_column(column, justify="right")
+    for k in steps or sorted({0, 1, model.config.steps}):
+        result = evaluate(model, task, samples, steps=k)
+        table.add_row(str(k), f"{result.exact_match:.4f}", f"{result.loss:.4f}", str(result.samples))
+    if isinstance(task, KVTask):
+        table.add_row("chance", f"{task.config.chance:.4f}", "", "")
+    Console().print(table)
+
+
+@app.command()
+def write(
+    checkpoint: CheckpointArgument,
+    context: Annotated[Path, typer.Option(help="text file with the context; a final newline does not count; - for "
+                                               "the standard input")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="memory file to write")],
+    steps: Annotated[Optional[int], typer.Option(  # noqa: UP045
+        help="inner steps (default: as trained)")] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Write a context into a memory file."""
+    loaded = Checkpoint.load(checkpoint)
+    try:
+        text = sys.stdin.read() if str(context) == "-" else context.read_text(encoding="utf-8")
+    except UnicodeDecodeError as reason:
+        raise DataError(f"{context}: not a text file: {reason}") from reason
+    ids = _tokenizer(loaded).encode(text.removesuffix("\n"))
+    model = loaded.model(_device(device))
+    with torch.inference_mode():
+        memory = model.write(torch.tensor([ids], dtype=torch.int64, device=model.memory_init.device), steps=steps)
+    memory.save(output)
+    typer.echo(f"{output}: {memory.tensor.shape[1]} memory vectors for {len(ids)} tokens")
+
+
+@app.command()
+def read(
+    checkpoint: CheckpointArgument,
+    memory: Annotated[Path, typer.Argument(help="memory file")],
+    query: Annotated[list[str], typer.Option(help="what to ask, such as '?!ab:'; may be repeated")],
+    max_new_tokens: Annotated[Optional[int], typer.Option(  # noqa: UP045
+        min=1, help="longest answer (default: as long as values are)")] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Answer queries from a memory file: one line each, the query, a tab and the answer."""
+    loaded = Checkpoint.load(checkpoint)
+    tokenizer, model = _tokenizer(loaded), loaded.model(_device(device))
+    written = Memory.load(memory, model)
+    if len(written) != 1:
+        raise DataError(f"{memory}: expected one memory, got {len(written)}; split it with gradmem.Memory")
+    rows = [tokenizer.encode(text) for text in query]
+    ids = torch.full((1, len(rows), max(map(len, rows))), tokenizer.pad_id)
+    for i, row in enumerate(rows):
+        ids[0, i, : len(row)] = torch.tensor(row)
+    lengths = torch.tensor([[len(row) for row in rows]])
+    (end,) = tokenizer.encode("|")
+    answers = model.generate(
+        written, ids.to(model.memory_init.device), query_lengths=lengths.to(model.memory_init.device),
+        max_new_tokens=max_new_tokens or loaded.experiment.task.value_length + len(END), eos_token_id=end)
+    for text, answer in zip(query, answers[0].tolist(), strict=True):
+        typer.echo(f"{text}\t{tokenizer.decode(answer).split('|')[0].removesuffix('!')}")
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and which backend serves each op and why."""
+    print_doctor(Console())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="directory for everything the demo makes; replaced")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="of the initial weights and the data")] = 0,
+) -> None:
+    """Train a small GradMem, write a context into a memory, and answer from that memory in a new process."""
+    require_matplotlib()
+    if not run_demo(Console(), out, seed):
+        raise typer.Exit(1)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    return KVTask(checkpoint.experiment.task).tokenizer
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as reason:
+        raise ArgumentError(f"device: expected one that torch can use here, got {name!r}: "
+                            f"{str(reason).splitlines()[0]}") from reason

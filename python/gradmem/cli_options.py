@@ -1,0 +1,92 @@
+"""Command-line options made from the configurations, and what commands share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Optional, get_args, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+from gradmem.checkpoint import TrainState
+from gradmem.config import Config, GradMemConfig, LMConfig
+from gradmem.errors import GradMemError
+from gradmem.experiment import DataConfig, TrainConfig
+from gradmem.tasks import KVConfig
+from gradmem.training import OnStep
+from gradmem_kernels import ArgumentError, BackendError
+
+__all__ = ["Commands", "experiment_options", "progress"]
+
+_PANELS: dict[str, type[Config]] = {"Task": KVConfig, "Data": DataConfig, "Memory": GradMemConfig, "Model": LMConfig,
+                                    "Training": TrainConfig}
+_SET_BY_TASK = "vocab_size"
+
+
+class Commands(TyperGroup):
+    """Shows errors that the user can do something about as one line, with exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (GradMemError, ArgumentError, BackendError, OSError) as error:
+            typer.echo(f"gradmem: error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+def experiment_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives ``command`` an option for every field of the configurations; it gets those that were used as
+    ``options``, by name."""
+    added = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                               annotation=_option(field, get_type_hints(config)[field.name], panel))
+             for panel, config in _PANELS.items() for field in dataclasses.fields(config)
+             if field.name != _SET_BY_TASK]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        given = {parameter.name: values.pop(parameter.name) for parameter in added}
+        command(**values, options={name: value for name, value in given.items() if value is not None})
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()
+           if p.name != "options"]
+    with_options.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+    return with_options
+
+
+def _option(field: dataclasses.Field[Any], hint: Any, panel: str) -> Any:
+    kind = (get_args(hint) or (hint,))[0]
+    choices = field.metadata["choices"]
+    return Annotated[Optional[kind], typer.Option(  # noqa: UP045 - typer reads it at run time
+        help=field.metadata["help"], rich_help_panel=panel, metavar="|".join(choices) or None,
+        show_default=False if field.default is None else str(field.default).lower())]
+
+
+@contextlib.contextmanager
+def progress(console: Console, max_steps: int) -> Iterator[OnStep]:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+    text = "loss {loss:.3f}  exact match {average:.2f}  pairs {level}"
+    if not console.is_terminal:
+        every = max(1, max_steps // 50)
+
+        def print_line(state: TrainState, entry: dict[str, Any]) -> None:
+            if state.step % every == 0:
+                console.print(f"step {state.step} of {max_steps}  {text.format(**entry)}", highlight=False)
+
+        yield print_line
+        return
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("training", total=max_steps)
+
+        def advance(state: TrainState, entry: dict[str, Any]) -> None:
+            bar.update(task, completed=state.step, description=text.format(**entry))
+
+        yield advance

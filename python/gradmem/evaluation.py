@@ -1,0 +1,41 @@
+"""Exact match on held-out contexts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from gradmem.model import GradMem
+from gradmem.tasks import JsonlTask, KVTask, exact_match
+from gradmem.tasks.batch import IGNORE
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over ``samples`` queries: mean loss per label (nats) and the fraction of exactly matched values."""
+
+    samples: int
+    loss: float
+    exact_match: float
+
+
+@torch.no_grad()
+def evaluate(model: GradMem, task: KVTask | JsonlTask, samples: int, *, steps: int | None = None,
+             batch_size: int = 256) -> Evaluation:
+    """Writes and reads held-out contexts of ``task``, with ``steps`` inner steps (default: as trained)."""
+    device = model.memory_init.device
+    queries, labels, loss, matches = 0, 0, 0.0, 0.0
+    for cpu_batch in task.held_out(samples, batch_size):
+        batch = cpu_batch.to(device)
+        memory = model.write(batch.context_ids, context_lengths=batch.context_lengths, steps=steps)
+        logits = model.read(memory, batch.query_ids)
+        loss += F.cross_entropy(logits.float().flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORE,
+                                reduction="sum").item()
+        labels += int((batch.labels != IGNORE).sum())
+        matches += exact_match(logits, batch).sum().item()
+        queries += batch.labels[..., 0].numel()
+    return Evaluation(queries, loss / labels, matches / queries)

@@ -1,0 +1,117 @@
+"""Everything that decides what a training run computes, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from gradmem.config import Config, GradMemConfig, LMConfig, option
+from gradmem.lm import CausalLM
+from gradmem.model import GradMem
+from gradmem.tasks import JsonlTask, KVConfig, KVTask
+
+__all__ = ["DataConfig", "Experiment", "TrainConfig"]
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """Files to read the task from; without them it is generated."""
+
+    data: str | None = option(None, "JSONL file with context, query and target to train on (default: generated pairs)")
+    eval_data: str | None = option(None, "JSONL file to evaluate on; needed with data")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.data is None) != (self.eval_data is None):
+            self.fail("eval_data", "a file where data is one, else None", self.eval_data)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """How the outer loop trains."""
+
+    seed: int = option(0, "of the initial weights and the data", minimum=0)
+    max_steps: int = option(5000, "training steps", minimum=1)
+    batch_size: int = option(64, "contexts in a step", minimum=1)
+    queries: int = option(1, "different keys asked of each context in training", minimum=1)
+    lr: float = option(3e-3, "peak learning rate of AdamW", above=0)
+    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
+    warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
+    final_lr: float = option(0.02, "fraction of the peak where the cosine ends", minimum=0, maximum=1)
+    beta2: float = option(0.98, "decay of AdamW's second moment", minimum=0, maximum=1)
+    weight_decay: float = option(0.0, "of AdamW, on matrices", minimum=0)
+    grad_clip: float = option(1.0, "largest norm of the outer gradient", above=0)
+    start_pairs: int | None = option(None, "pairs that the curriculum starts with (default: no curriculum)", minimum=1)
+    advance_at: float = option(0.9, "exact match on the training batches at which a pair is added", above=0, maximum=1)
+    ema: float = option(0.95, "decay of the moving average of that exact match", minimum=0, maximum=0.9999)
+    stop_at: float | None = option(None, "exact match on the training batches at which training ends early", above=0,
+                                   maximum=1)
+    log_every: int = option(20, "steps between lines of metrics", minimum=1)
+    eval_every: int = option(500, "steps between evaluations on held-out contexts", minimum=1)
+    eval_samples: int = option(512, "held-out contexts", minimum=1)
+    save_every: int = option(500, "steps between checkpoints", minimum=1)
+
+    def may_change(self, name: str) -> bool:
+        """Whether a resumed run may have another value of this option: its computation would be the same."""
+        return name in ("log_every", "eval_every", "eval_samples", "save_every") or (
+            name == "max_steps" and self.schedule == "constant")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The configurations of a run."""
+
+    model: LMConfig
+    gradmem: GradMemConfig
+    task: KVConfig
+    data: DataConfig
+    train: TrainConfig
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Experiment:
+        """From option names, which differ between the configurations; the vocabulary follows from the task.
+
+        Raises:
+            ArgumentError: for a value its option does not take.
+        """
+        parts = {part.name: _CONFIGS[part.name].from_dict(
+            {f.name: options[f.name] for f in dataclasses.fields(_CONFIGS[part.name]) if f.name in options})
+            for part in dataclasses.fields(cls)}
+        vocabulary = KVTask(cast(KVConfig, parts["task"])).tokenizer.vocab_size
+        model = dataclasses.replace(cast(LMConfig, parts["model"]), vocab_size=vocabulary)
+        return cls(**{**cast(dict[str, Any], parts), "model": model})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Experiment:
+        return cls(**{name: cast(Any, config.from_dict(values[name])) for name, config in _CONFIGS.items()})
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+    def options(self) -> dict[str, Any]:
+        """All options by name."""
+        return {name: value for part in self.to_dict().values() for name, value in part.items()}
+
+    def make_task(self) -> KVTask | JsonlTask:
+        """
+        Raises:
+            DataError: if a data file cannot be read.
+        """
+        task = KVTask(self.task, self.train.seed)
+        if self.data.data is None:
+            return task
+        return JsonlTask(self.data.data, task.tokenizer, self.data.eval_data, self.train.seed)
+
+    def make_model(self) -> GradMem:
+        """A model with initial weights that depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.train.seed)
+            return GradMem(CausalLM(self.model), self.gradmem)
+
+
+_CONFIGS: dict[str, type[Config]] = {"model": LMConfig, "gradmem": GradMemConfig, "task": KVConfig,
+                                     "data": DataConfig, "train": TrainConfig}

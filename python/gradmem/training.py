@@ -1,0 +1,190 @@
+"""The outer loop: AdamW, a schedule, a curriculum over pairs, metrics, checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmem.checkpoint import Checkpoint, TrainState
+from gradmem.errors import CheckpointError, NonFiniteError
+from gradmem.evaluation import evaluate
+from gradmem.experiment import Experiment, TrainConfig
+from gradmem.metrics import MetricsLog
+from gradmem.model import GradMemOutput
+from gradmem.tasks import JsonlTask, exact_match
+
+__all__ = ["CHECKPOINT", "METRICS", "Trainer", "learning_rate"]
+
+CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+
+OnStep = Callable[[TrainState, dict[str, Any]], None]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of step number ``step``, from 0."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return config.lr * warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
+    return config.lr * warmup * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+class Trainer:
+    """Trains in ``directory``, which gets a checkpoint and a metrics file.
+
+    Args:
+        experiment: the configurations.
+        directory: made if missing.
+        device: to train on.
+        checkpoint: to continue from; the result is the same, bit for bit, as without the interruption.
+    """
+
+    def __init__(self, experiment: Experiment, directory: str | Path, device: torch.device | str = "cpu",
+                 checkpoint: Checkpoint | None = None) -> None:
+        self.experiment, self.config = experiment, experiment.train
+        self.directory, self.device = Path(directory), device
+        self.task = experiment.make_task()
+        self.model = experiment.make_model().to(device)
+        matrices = [weight for weight in self.model.parameters() if weight.ndim == 2]
+        others = [weight for weight in self.model.parameters() if weight.ndim != 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self.config.lr, betas=(0.9, self.config.beta2), fused=True)
+        digest = self.task.digest if isinstance(self.task, JsonlTask) else ""
+        start = self.task.levels if self.config.start_pairs is None else min(self.config.start_pairs, self.task.levels)
+        self.state = TrainState(level=start, data=digest)
+        if checkpoint is not None:
+            if checkpoint.state.data != digest:
+                raise CheckpointError(f"{checkpoint.path}: the data files have changed since it was made")
+            self.state = checkpoint.state
+            checkpoint.restore(self.model, self.optimizer)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsLog(self.directory / METRICS, self.state.step)
+
+    @classmethod
+    def resume(cls, directory: str | Path, options: Mapping[str, Any], device: torch.device | str = "cpu") -> Trainer:
+        """Continues the run in ``directory``; ``options`` may only name what does not change its computation.
+
+        Raises:
+            CheckpointError: if there is no valid checkpoint, or it was made with other options.
+        """
+        checkpoint = Checkpoint.load(Path(directory) / CHECKPOINT)
+        return cls(checkpoint.check_options(options), directory, device, checkpoint)
+
+    def run(self, on_step: OnStep | None = None) -> signal.Signals | None:
+        """Trains to the end. ``on_step(state, entry)`` hears of every step and its metrics.
+
+        After SIGINT or SIGTERM the step is finished and a checkpoint saved; a second one interrupts at once. (Signals
+        are only caught in the main thread.)
+
+        Returns:
+            The signal that stopped the run, or ``None``.
+
+        Raises:
+            NonFiniteError: if a loss or its gradient is not finite; the last checkpoint stays.
+        """
+        state, config = self.state, self.config
+        with _signals() as caught:
+            while state.step < config.max_steps and not self._good_enough() and not caught:
+                entry = self._step()
+                if state.step % config.log_every == 0:
+                    self.metrics.append(entry)
+                if state.step % config.eval_every == 0:
+                    self._evaluate()
+                if state.step % config.save_every == 0:
+                    self.save()
+                if on_step is not None:
+                    on_step(state, entry)
+            if not caught and state.step % config.eval_every:
+                self._evaluate()
+            self.save()
+            return caught[0] if caught else None
+
+    def save(self) -> None:
+        Checkpoint.save(self.directory / CHECKPOINT, self.experiment, self.state, self.model, self.optimizer)
+
+    def _good_enough(self) -> bool:
+        return (self.config.stop_at is not None and self.state.level == self.task.levels
+                and self.state.average >= self.config.stop_at)
+
+    def _step(self) -> dict[str, Any]:
+        state, config, started = self.state, self.config, time.perf_counter()
+        level = state.level
+        batch = self.task.batch(state.step, config.batch_size, queries=config.queries, level=level).to(self.device)
+        lr = learning_rate(config, state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        out = self.model(batch.context_ids, batch.query_ids, batch.labels, batch.context_lengths)
+        loss = _finite("loss", out.loss, state.step)
+        out.loss.backward()
+        norm = _finite("norm of the gradient",
+                       torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip), state.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        match = exact_match(out.logits, batch).float().mean().item()
+        self._advance(match)
+        return {"step": state.step, "loss": loss, **self._parts(out, loss), "exact_match": match,
+                "average": state.average, "level": level, "lr": lr, "grad_norm": norm,
+                "seconds": time.perf_counter() - started}
+
+    def _parts(self, out: GradMemOutput, loss: float) -> dict[str, float | None]:
+        """The READ loss and, where WRITE takes steps, the last inner loss."""
+        if not len(out.inner_losses):
+            return {"read_loss": loss, "inner_loss": None}
+        inner = out.inner_losses[-1].mean().item()
+        return {"read_loss": loss - self.experiment.gradmem.inner_loss_weight * inner, "inner_loss": inner}
+
+    def _advance(self, match: float) -> None:
+        """Counts a step; the next level begins when the moving average of exact match is high enough."""
+        state, config = self.state, self.config
+        state.step += 1
+        state.average = config.ema * state.average + (1 - config.ema) * match
+        if state.level < self.task.levels and state.average >= config.advance_at:
+            state.level, state.average = state.level + 1, 0.0
+
+    def _evaluate(self) -> None:
+        result = evaluate(self.model, self.task, self.config.eval_samples)
+        self.metrics.append({"step": self.state.step, "held_out_loss": result.loss,
+                             "held_out_exact_match": result.exact_match})
+
+
+def _finite(what: str, value: Tensor, step: int) -> float:
+    number = value.item()
+    if not math.isfinite(number):
+        raise NonFiniteError(f"step {step + 1}: the {what} is {number}; a smaller lr, inner_lr or grad_clip, or inner "
+                             f"clipping may help. The last checkpoint is kept")
+    return number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGINT and SIGTERM, one each, in place of their usual effect."""
+    caught: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(signal.Signals(number))
+        restore()
+
+    for number in previous:
+        signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        restore()

@@ -1,0 +1,243 @@
+"""Training: what it learns, and that nothing is lost or changed by interruptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradmem import (
+    Checkpoint,
+    CheckpointError,
+    DataError,
+    Experiment,
+    GradMem,
+    NonFiniteError,
+    TrainConfig,
+    Trainer,
+    evaluate,
+)
+from gradmem.metrics import MetricsLog, plot, read_metrics
+from gradmem.training import CHECKPOINT, METRICS, learning_rate
+from gradmem_kernels import ArgumentError
+
+Options = dict[str, Any]
+
+
+def weights(model: GradMem) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_training_learns_and_the_checkpoint_holds_the_model(options: Options, tmp_path: Path) -> None:
+    options |= {"pairs": 1, "alphabet_size": 2, "hidden_size": 16, "max_steps": 150, "lr": 1e-2, "batch_size": 16,
+                "inner_lr": 4.0, "eval_every": 50, "eval_samples": 64}
+    trainer = Trainer(Experiment.from_options(options), tmp_path)
+    assert trainer.run() is None
+    entries = read_metrics(tmp_path / METRICS)
+    losses = [e["loss"] for e in entries if "loss" in e]
+    assert len(losses) == 150
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert [e["step"] for e in entries if "held_out_loss" in e] == [50, 100, 150]
+
+    checkpoint = Checkpoint.load(tmp_path / CHECKPOINT)
+    assert checkpoint.state.step == 150
+    model = checkpoint.model()
+    assert_same(weights(model), weights(trainer.model))
+    result = evaluate(model, trainer.task, 64)
+    assert (result.samples, result.exact_match) == (64, entries[-1]["held_out_exact_match"])
+    assert evaluate(model, trainer.task, 64, batch_size=10).loss == pytest.approx(result.loss)
+
+    plot(tmp_path / METRICS, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == [CHECKPOINT, "curves.png", METRICS]
+
+
+@pytest.mark.parametrize("extra", [
+    {},
+    {"learn_inner_lr": True, "write_head": True, "control_tokens": 1, "memory_projection": "shared",
+     "weight_decay": 0.1, "tie_embeddings": True, "start_pairs": 1, "advance_at": 0.01, "ema": 0.5, "queries": 2},
+    {"order": "none"},  # leaves parameters without gradient and optimizer state
+], ids=["plain", "everything", "order none"])
+def test_resume_continues_bit_for_bit(options: Options, tmp_path: Path, extra: Options) -> None:
+    experiment = Experiment.from_options({**options, **extra})
+    whole = Trainer(experiment, tmp_path / "whole")
+    whole.run()
+
+    parts = Trainer(experiment, tmp_path / "parts")
+    for stop in (2, 3):
+        assert parts.run(lambda state, _, stop=stop: os.kill(os.getpid(), signal.SIGINT)
+                         if state.step == stop else None) == signal.SIGINT
+        assert parts.state.step == stop
+        parts = Trainer.resume(tmp_path / "parts", {})
+    assert parts.run() is None
+
+    assert_same(weights(parts.model), weights(whole.model))
+    assert parts.state == whole.state
+    assert (tmp_path / "parts" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+    drop = "seconds"
+    assert [{**e, drop: 0} for e in read_metrics(tmp_path / "parts" / METRICS)] == [
+        {**e, drop: 0} for e in read_metrics(tmp_path / "whole" / METRICS)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(experiment: Experiment, tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    trainer = Trainer(experiment, tmp_path)
+    assert trainer.run(lambda *_: signal.raise_signal(number)) == number
+    assert signal.getsignal(number) is before
+    checkpoint = Checkpoint.load(tmp_path / CHECKPOINT)
+    assert checkpoint.state.step == 1
+    assert_same(weights(checkpoint.model()), weights(trainer.model))
+
+
+def test_a_second_interrupt_is_not_held_back(experiment: Experiment, tmp_path: Path) -> None:
+    def twice(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(experiment, tmp_path).run(twice)
+
+
+def test_training_in_another_thread(experiment: Experiment, tmp_path: Path) -> None:
+    trainer = Trainer(experiment, tmp_path)
+    thread = threading.Thread(target=trainer.run)
+    thread.start()
+    thread.join()
+    assert Checkpoint.load(tmp_path / CHECKPOINT).state.step == 6
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(experiment: Experiment, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(experiment, tmp_path)
+    trainer.run()
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    trainer.state.step += 1
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save()
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == [CHECKPOINT, METRICS]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(options: Options, tmp_path: Path) -> None:
+    trainer = Trainer(Experiment.from_options(options), tmp_path)
+    trainer.run(lambda *_: signal.raise_signal(signal.SIGINT))
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(CheckpointError) as refusal:
+        Trainer.resume(tmp_path, {"lr": 0.5, "pairs": 1, "batch_size": 4, "max_steps": 9})
+    message = str(refusal.value)
+    for difference in ("lr: checkpoint 0.003, now 0.5", "pairs: checkpoint 2, now 1", "max_steps: checkpoint 6, now 9"):
+        assert difference in message
+    assert "batch_size" not in message
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert Trainer.resume(tmp_path, {"log_every": 3, "lr": 0.003}).config.log_every == 3
+
+
+def test_a_constant_schedule_may_go_on(options: Options, tmp_path: Path) -> None:
+    Trainer(Experiment.from_options({**options, "schedule": "constant"}), tmp_path).run()
+    longer = Trainer.resume(tmp_path, {"max_steps": 8})
+    longer.run()
+    assert longer.state.step == 8
+
+
+def test_invalid_checkpoints_are_refused(experiment: Experiment, options: Options, tmp_path: Path) -> None:
+    Trainer(experiment, tmp_path).run()
+    path = tmp_path / CHECKPOINT
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        Checkpoint.load(path)
+    path.write_bytes(whole)
+    checkpoint = Checkpoint.load(path)
+    wider = Experiment.from_options({**options, "hidden_size": 16})
+    with pytest.raises(CheckpointError, match=r"memory_init: expected shape \[2, 16\], got \[2, 8\]"):
+        dataclasses.replace(checkpoint, experiment=wider).model()
+    with_head = Experiment.from_options({**options, "write_head": True})
+    with pytest.raises(CheckpointError, match=r"write_head: expected shape .*, got none"):
+        dataclasses.replace(checkpoint, experiment=with_head).model()
+    path.write_bytes(whole.replace(b'\\"hidden_size\\"', b'\\"hidden_sizf\\"'))
+    with pytest.raises(CheckpointError, match="not a valid checkpoint: LMConfig: hidden_sizf"):
+        Checkpoint.load(path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(options: Options, tmp_path: Path) -> None:
+    trainer = Trainer(Experiment.from_options({**options, "save_every": 1}), tmp_path)
+
+    def spoil(state: Any, _: Any) -> None:
+        if state.step == 2:
+            with torch.no_grad():
+                trainer.model.backbone.lm_head.weight[0, 0] = math.nan
+
+    with pytest.raises(NonFiniteError, match="step 3: the loss is nan"):
+        trainer.run(spoil)
+    assert Checkpoint.load(tmp_path / CHECKPOINT).state.step == 2
+
+
+def test_the_curriculum_adds_pairs_and_stops_early(options: Options, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    options |= {"pairs": 3, "start_pairs": 1, "ema": 0.5, "advance_at": 0.7, "stop_at": 0.8, "max_steps": 50}
+    trainer = Trainer(Experiment.from_options(options), tmp_path)
+    monkeypatch.setattr("gradmem.training.exact_match", lambda *_: torch.tensor([True]))
+    levels = []
+    trainer.run(lambda _, entry: levels.append(entry["level"]))
+    assert levels == [1, 1, 2, 2, 3, 3, 3]  # averages 0.5, 0.75 in each level; the last one needs 0.8
+    plot(tmp_path / METRICS, tmp_path / "curves.png")
+
+
+def test_learning_rate() -> None:
+    config = TrainConfig(lr=1.0, warmup_steps=9, max_steps=100, final_lr=0.1)
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 50) == pytest.approx(0.55)
+    assert learning_rate(config, 100) == pytest.approx(0.1)
+    constant = dataclasses.replace(config, schedule="constant")
+    assert [learning_rate(constant, step) for step in (4, 9, 99)] == pytest.approx([0.5, 1.0, 1.0])
+
+
+def test_training_on_files(options: Options, tmp_path: Path) -> None:
+    lines = [{"context": f"!{k}:{v}!" * (1 + k) + "|", "query": f"?!{k}:", "target": f"{v}!|"}
+             for k in range(4) for v in range(3)]
+    for name in ("train", "test"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
+    options |= {"data": str(tmp_path / "train"), "eval_data": str(tmp_path / "test")}
+    trainer = Trainer(Experiment.from_options(options), tmp_path / "run")
+    trainer.run(lambda *_: signal.raise_signal(signal.SIGINT))
+    resumed = Trainer.resume(tmp_path / "run", {})
+    resumed.run()
+    assert evaluate(resumed.model, resumed.task, 100).samples == 12
+    (tmp_path / "train").write_text(json.dumps(lines[0]))
+    with pytest.raises(CheckpointError, match="data files have changed"):
+        Trainer.resume(tmp_path / "run", {})
+    with pytest.raises(ArgumentError, match="eval_data: expected a file"):
+        Experiment.from_options({**options, "eval_data": None})
+    with pytest.raises(DataError, match="cannot be read"):
+        Trainer(Experiment.from_options({**options, "data": str(tmp_path / "none")}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_metrics_of_a_resumed_run_have_no_step_twice(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = MetricsLog(path, 2)
+    log.append({"step": 3, "new": True})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "new": True}]
+    MetricsLog(path, 0)
+    assert read_metrics(path) == []
