@@ -115,7 +115,7 @@ def _answer_elsewhere(console: Console, model: GradMem, task: KVTask, out: Path)
         command += ["--query", f"?!{key}:"]
     console.print(f"$ {' '.join(repr(part) if part[0] == '?' else part for part in command)}", highlight=False,
                   markup=False, soft_wrap=True)
-    answers = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True).stdout
+    answers = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, check=True).stdout
     table = Table("query", "answer", "in the context")
     for line, (_, value) in zip(answers.splitlines(), pairs, strict=True):
         query, answer = line.split("\t")

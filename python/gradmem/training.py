@@ -93,6 +93,7 @@ class Trainer:
             NonFiniteError: if a loss or its gradient is not finite; the last checkpoint stays.
         """
         state, config = self.state, self.config
+        first = state.step
         with _signals() as caught:
             while state.step < config.max_steps and not self._good_enough() and not caught:
                 entry = self._step()
@@ -104,7 +105,7 @@ class Trainer:
                     self.save()
                 if on_step is not None:
                     on_step(state, entry)
-            if not caught and state.step % config.eval_every:
+            if not caught and state.step > first and state.step % config.eval_every:
                 self._evaluate()
             self.save()
             return caught[0] if caught else None

@@ -43,18 +43,18 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def test_training_learns_and_the_checkpoint_holds_the_model(options: Options, tmp_path: Path) -> None:
-    options |= {"pairs": 1, "alphabet_size": 2, "hidden_size": 16, "max_steps": 150, "lr": 1e-2, "batch_size": 16,
-                "inner_lr": 4.0, "eval_every": 50, "eval_samples": 64}
+    options |= {"pairs": 1, "alphabet_size": 2, "hidden_size": 16, "max_steps": 90, "lr": 1e-2, "batch_size": 16,
+                "inner_lr": 4.0, "eval_every": 30, "eval_samples": 64}
     trainer = Trainer(Experiment.from_options(options), tmp_path)
     assert trainer.run() is None
     entries = read_metrics(tmp_path / METRICS)
     losses = [e["loss"] for e in entries if "loss" in e]
-    assert len(losses) == 150
+    assert len(losses) == 90
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-    assert [e["step"] for e in entries if "held_out_loss" in e] == [50, 100, 150]
+    assert [e["step"] for e in entries if "held_out_loss" in e] == [30, 60, 90]
 
     checkpoint = Checkpoint.load(tmp_path / CHECKPOINT)
-    assert checkpoint.state.step == 150
+    assert checkpoint.state.step == 90
     model = checkpoint.model()
     assert_same(weights(model), weights(trainer.model))
     result = evaluate(model, trainer.task, 64)
