@@ -51,13 +51,20 @@ def mul_(a: Tensor, b: Tensor) -> Tensor:
     return a * b if _is_wrapped(b) else a.mul_(b)
 
 
+def addcmul_(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """``total + a * b`` in the place of ``total``, a temporary."""
+    if total is None:
+        return a * b
+    return total + a * b if any(map(_is_wrapped, (total, a, b))) else total.addcmul_(a, b)
+
+
 def addmm_(total: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """``total + a @ b`` in the place of ``total``, a temporary; ``None`` is a known zero."""
     if a is None or b is None:
         return total
     if total is None:
         return a @ b
-    return total + a @ b if _is_wrapped(a) or _is_wrapped(b) else total.addmm_(a, b)
+    return total + a @ b if any(map(_is_wrapped, (total, a, b))) else total.addmm_(a, b)
 
 
 def _is_wrapped(t: Tensor) -> bool:

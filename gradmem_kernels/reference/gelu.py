@@ -59,4 +59,4 @@ def _f2(x: Tensor, approximate: str) -> Tensor:
     u1 = (square * (3 * CUBIC)).add_(1).mul_(SQRT_2_OVER_PI)
     t = square.mul_(CUBIC).add_(1).mul_(x).mul_(SQRT_2_OVER_PI).tanh_()
     f2 = torch.addcmul(3 * CUBIC * SQRT_2_OVER_PI * x, t * u1, u1, value=-1).mul_(x).add_(u1)
-    return f2.mul_(t.square_().neg_().add_(1))
+    return f2.mul_(t.mul_(t).neg_().add_(1))

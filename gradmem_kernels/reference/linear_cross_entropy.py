@@ -94,7 +94,7 @@ def _chunks(x, x_t, *columns: Tensor | None) -> Iterator[tuple[Tensor | None, ..
         # z_t = h_t W^T + h W_t^T + c_t
         z_t = addmm_(addmm_(None, h_t, weight.mT), h, None if weight_t is None else weight_t.mT)
         if bias_t is not None:
-            z_t = add_(bias_t.expand_as(z).contiguous(), z_t)
+            z_t = add_(bias_t.expand_as(z).clone(), z_t)
         yield h, h_t, z, z_t, *rest
 
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradmem_kernels.reference.common import wide
+from gradmem_kernels.reference.common import addcmul_, wide
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
-    # stacked, so that under vmap either both tables carry the batch dimension or neither does; [.., 1, S, r/2]
-    cos, sin = wide(torch.stack((cos, sin))).unsqueeze(-3)
-    factor = torch.cat((cos, cos, cos.new_ones(*cos.shape[:-1], rest)), -1)
-    x_wide = wide(x)
-    y = x_wide * factor
+    half = cos.shape[-1]
+    cos, sin = wide(cos).unsqueeze(-3), wide(sin).unsqueeze(-3)  # [.., 1, S, r/2]
+    # narrow, for the sake of torch's older vmap, which cannot take the slice [..., :d]
+    pairs, rest = wide(x.narrow(-1, 0, 2 * half)), x.narrow(-1, 2 * half, x.shape[-1] - 2 * half)
     # y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin
-    y[..., :half].addcmul_(x_wide[..., half : 2 * half], sin, value=-1)
-    y[..., half : 2 * half].addcmul_(x_wide[..., :half], sin)
-    return y.to(x.dtype)
+    y = addcmul_(pairs * torch.cat((cos, cos), -1), pairs.roll(half, -1), torch.cat((-sin, sin), -1)).to(x.dtype)
+    return torch.cat((y, rest), -1) if rest.shape[-1] else y
 
 
 def transpose(y_bar: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
