@@ -21,6 +21,7 @@ def parse(task: KVTask, batch, row: int) -> tuple[str, dict[str, str]]:
 
 @pytest.mark.parametrize("config", [
     KVConfig(),
+    KVConfig(pairs=60),  # random keys that often collide
     KVConfig(alphabet_size=2, key_length=3, value_length=1, pairs=8),  # every key there is
     KVConfig(alphabet_size=62, key_length=4, value_length=4, pairs=8, filler=20, segments=4),
     KVConfig(alphabet_size=10, key_length=1, value_length=3, pairs=3, segments=3),
