@@ -1,0 +1,49 @@
+# The commands of this project, from a fresh clone on: `make help`.
+
+PYTHON ?= python3
+# Another package index for torch, e.g. https://download.pytorch.org/whl/cpu for one without CUDA libraries.
+TORCH_INDEX_URL ?=
+# Arguments for `make bench`, e.g. SUITE="memory --quick".
+SUITE ?= meta-step
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help: ## this list
+	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+	@echo '  variables: PYTHON=$(PYTHON)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  SUITE="$(SUITE)"'
+
+demo: $(INSTALLED) ## train a small GradMem, write a context into a memory, answer from the memory alone (runs/demo)
+	$(BIN)/gradmem demo
+
+test: $(INSTALLED) ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## a benchmark suite: make bench SUITE="memory --quick"
+	$(BIN)/python -m benchmarks $(SUITE)
+
+clean: ## remove the environment, caches and build products; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'Python 3.10 or newer is needed; $(PYTHON) is not. Name another: make PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo '$(PYTHON) cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt install python3-venv)'; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A CUDA-free torch comes first, so that the editable install finds its requirement met.
+$(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(if $(TORCH_INDEX_URL),$(BIN)/pip install -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
