@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks <suite>``; what is measured and how stands in docs/benchmarks.md."""

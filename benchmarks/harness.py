@@ -1,0 +1,237 @@
+"""What every suite shares: the gate, interleaved timing, the result row and its provenance."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import gc
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["RESULTS", "Options", "Process", "Report", "Result", "Row", "Samples", "gate", "in_fresh_process",
+           "interleave", "measure_process", "mebibytes", "quantiles", "relative_errors", "store"]
+
+RESULTS = Path(__file__).parent / "results"
+
+#: A provider may be this many times less exact than plain PyTorch in the same dtype, both against float64.
+ERROR_FACTOR = 4.0
+#: Environment variables that change the speed or the memory of a run.
+ENVIRONMENT = ("GRADMEM_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TRITON_")
+
+#: A loss and the gradients of it, by name.
+Result = tuple[Tensor, dict[str, Tensor]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says. ``quick`` asks for a tiny shape: it shows that a suite runs, not how fast."""
+
+    quick: bool = False
+    repeats: int = 20
+    warmup: int = 2
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where and when a number was measured, and with what."""
+
+    device: str
+    threads: int
+    python: str
+    torch: str
+    triton: str | None
+    driver: str | None
+    commit: str | None
+    modified: bool
+    date: str
+    environment: Mapping[str, str]
+
+    @classmethod
+    def here(cls) -> Provenance:
+        """The provenance of this process. ``modified``: the tree differs from ``commit``, stored results aside."""
+        try:
+            triton = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            triton = None
+        return cls(
+            device=_cpu_model(), threads=torch.get_num_threads(), python=platform.python_version(),
+            torch=torch.__version__, triton=triton, driver=None, commit=_git("rev-parse", "HEAD"),
+            modified=bool(_git("status", "--porcelain", "--", ".", f":(exclude){RESULTS.relative_to(_root())}")),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result. ``None``: not measured by this suite. Times in milliseconds, quantiles 0.2 and 0.8 beside medians."""
+
+    suite: str
+    step: str
+    provider: str
+    mode: str
+    dtype: str
+    shape: Mapping[str, int]
+    median_ms: float | None = None
+    q20_ms: float | None = None
+    q80_ms: float | None = None
+    repeats: int | None = None
+    #: Median of the ratios within each round of the interleaved run.
+    ratio_to_eager: float | None = None
+    tflops: float | None = None
+    flop_formula: str | None = None
+    peak_live_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    minor_faults: float | None = None
+    #: The largest relative error of the loss and the gradients against float64, and plain PyTorch's own.
+    error: float | None = None
+    eager_error: float | None = None
+    provenance: Provenance = field(default_factory=Provenance.here)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a suite hands back: rows worth storing, and what it refused to measure, with the reasons."""
+
+    rows: Sequence[Row]
+    refused: Sequence[str] = ()
+
+
+class Samples(NamedTuple):
+    """One provider's part of an interleaved run, an entry per round."""
+
+    seconds: list[float]
+    minor_faults: list[int]
+
+
+def interleave(steps: Mapping[str, Callable[[], Any]], options: Options) -> dict[str, Samples]:
+    """Times every step once per round, so that drift of the machine meets all of them; every other round runs
+    backwards, so that none always follows the same neighbour."""
+    for _ in range(options.warmup):
+        for step in steps.values():
+            step()
+    samples = {name: Samples([], []) for name in steps}
+    for k in range(options.repeats):
+        for name in list(steps) if k % 2 == 0 else reversed(list(steps)):
+            gc.collect()
+            faults, start = _minor_faults(), time.perf_counter()
+            steps[name]()
+            samples[name].seconds.append(time.perf_counter() - start)
+            samples[name].minor_faults.append(_minor_faults() - faults)
+    return samples
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 0.2, 0.5 and 0.8 quantiles."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def relative_errors(result: Result, exact: Result) -> dict[str, float]:
+    """Of the loss and of each gradient: the norm of the difference over the norm of ``exact``."""
+    loss, grads = result
+    exact_loss, exact_grads = exact
+    if grads.keys() != exact_grads.keys():
+        raise ValueError(f"gradients: expected {sorted(exact_grads)}, got {sorted(grads)}")
+    pairs = {"loss": (loss, exact_loss)} | {name: (grads[name], exact_grads[name]) for name in grads}
+    return {name: float((a.double() - b).norm() / b.norm()) for name, (a, b) in pairs.items()}
+
+
+def gate(name: str, errors: Mapping[str, float], eager: Mapping[str, float]) -> str | None:
+    """Why the provider gets no time; ``None`` if it computes what plain PyTorch does, about as exactly."""
+    eps = torch.finfo(torch.float32).eps
+    bad = [f"{what}: {error:.1e}, plain PyTorch {eager[what]:.1e}" for what, error in errors.items()
+           if not error <= ERROR_FACTOR * (eager[what] + eps)]  # written so that NaN is bad
+    return f"{name}: wrong against float64: {'; '.join(bad[:4])}" if bad else None
+
+
+def mebibytes(size: float | None) -> str:
+    """For a table; a dash where nothing was measured."""
+    return "-" if size is None else f"{size / 2**20:.2f} MiB"
+
+
+class Process(NamedTuple):
+    """What a process of its own needs for a step."""
+
+    peak_rss_bytes: int | None
+    minor_faults: float
+
+
+def measure_process(make: Callable[..., Callable[[], Any]], args: Sequence[Any], threads: int,
+                    repeats: int = 3) -> Process:
+    """Runs ``make(*args)()`` in this process, once and then ``repeats`` times: page faults per step after the first,
+    and the highest resident set (``None`` where the system does not tell)."""
+    torch.set_num_threads(threads)
+    step = make(*args)
+    step()
+    faults = _minor_faults()
+    for _ in range(repeats):
+        step()
+    return Process(_peak_rss(), (_minor_faults() - faults) / repeats)
+
+
+def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)`` in a process that has done nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def store(report: Report, suite: str) -> Path:
+    """Appends the rows to the suite's results.
+
+    Raises:
+        SystemExit: if their commit does not tell what was measured.
+    """
+    for row in report.rows:
+        if row.provenance.commit is None or row.provenance.modified:
+            raise SystemExit("--store: expected a git checkout without uncommitted changes, so that the stored commit "
+                             "is what was measured; commit first")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{suite}.jsonl"
+    with path.open("a") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in report.rows)
+    return path
+
+
+def _root() -> Path:
+    return RESULTS.parent.parent
+
+
+def _git(*args: str) -> str | None:
+    done = subprocess.run(["git", *args], cwd=_root(), capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _minor_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _peak_rss() -> int | None:
+    """``ru_maxrss`` is no use here: a spawned process inherits its parent's."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

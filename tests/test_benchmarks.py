@@ -1,0 +1,169 @@
+"""The measuring instruments: what the benchmarks report must itself be right."""
+
+import functools
+import json
+import sys
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import __main__ as command
+from benchmarks import harness, memory, meta_step
+from benchmarks.live_memory import LiveMemory, peak_live_bytes
+from benchmarks.meta_step import EAGER, PROVIDERS, QUICK, admit, make_step
+
+
+class Doubled(torch.autograd.Function):
+    """Twice its input, with a scratch tensor of 4000 bytes forwards and of 80000 bytes backwards."""
+
+    @staticmethod
+    def forward(ctx, x):
+        torch.empty(1000)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        torch.empty(20000)
+        return 2 * grad
+
+
+def attention_twice():
+    """A double backward with views, in-place accumulation and saved tensors."""
+    torch.manual_seed(0)
+    weights = [torch.randn(64, 64, requires_grad=True) for _ in range(3)]
+    x = torch.randn(8, 16, 64, requires_grad=True)
+    h = x
+    for weight in weights:
+        q = F.silu(h @ weight).view(8, 16, 4, 16).transpose(1, 2)
+        h = ((q @ q.mT).softmax(-1) @ q).transpose(1, 2).reshape(8, 16, 64)
+    loss = F.cross_entropy(h.flatten(0, 1), torch.zeros(128, dtype=torch.long))
+    grad, = torch.autograd.grad(loss, x, create_graph=True)
+    (grad.square().sum() + loss).backward()
+
+
+def test_live_memory_counts_each_storage_until_it_is_freed():
+    before = torch.zeros(500)
+    with LiveMemory() as live:
+        a = torch.zeros(1000)
+        view = a.view(10, 100).t()
+        old = before.view(5, 100)
+        assert live.live == 4000
+        b = a + 1
+        b.add_(1)
+        assert live.live == 8000
+        del a
+        assert live.live == 8000
+        del view
+        assert live.live == 4000
+        del b, old
+    assert (live.live, live.peak) == (0, 8000)
+
+
+def test_live_memory_sees_inside_functions_and_their_backward():
+    x = torch.ones(10, requires_grad=True)
+    with LiveMemory() as live:
+        y = Doubled.apply(x)
+        assert live.peak == 4000
+        y.sum().backward()
+    assert 80000 < live.peak < 80000 + 5 * 40
+
+
+def test_live_memory_agrees_with_the_allocator():
+    attention_twice()
+    ours = peak_live_bytes(attention_twice)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        attention_twice()
+    live = peak = 0
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert ours == peak
+
+
+@pytest.mark.parametrize("provider", PROVIDERS, ids=str)
+def test_every_provider_computes_the_same_meta_step(provider):
+    exact = make_step(EAGER, QUICK, torch.float64)()
+    errors = harness.relative_errors(make_step(provider, QUICK, torch.float64)(), exact)
+    assert max(errors.values()) < 1e-9, errors
+
+
+def test_gate_refuses_a_wrong_gradient(monkeypatch):
+    monkeypatch.setattr(meta_step, "write", functools.partial(meta_step.write, order="first"))
+    admitted, refused = admit(PROVIDERS, QUICK)
+    assert list(admitted) == [EAGER]
+    assert len(refused) == len(PROVIDERS) - 1
+    assert "wrong against float64" in refused[0]
+
+
+def test_gate_refuses_nan():
+    assert harness.gate("it", {"loss": float("nan")}, {"loss": 1e-7}) is not None
+    assert harness.gate("it", {"loss": 2e-7}, {"loss": 1e-7}) is None
+
+
+def test_peak_memory_is_flat_in_the_steps():
+    """The claim of the memory suite: a recomputed step leaves its M_k, and its loss and gradient norm a sample."""
+    for provider in PROVIDERS:
+        few, many = (harness.Row("memory", "meta-step", *provider, "float32", vars(shape),
+                                 peak_live_bytes=peak_live_bytes(make_step(provider, shape)))
+                     for shape in (replace(QUICK, steps=2), replace(QUICK, steps=5)))
+        growth = memory.beyond_memories(few, many)
+        if provider.mode in ("step", "layer"):
+            assert growth <= 2 * 4 * QUICK.batch, (provider, growth)
+        else:
+            assert growth > 4 * QUICK.batch * QUICK.context_tokens * QUICK.width, (provider, growth)
+
+
+def test_interleave_times_each_step_once_a_round():
+    order = []
+    steps = {name: functools.partial(order.append, name) for name in "ab"}
+    samples = harness.interleave(steps, harness.Options(repeats=2, warmup=1))
+    assert "".join(order) == "ab" + "ab" + "ba"
+    assert all(len(part) == 2 for sample in samples.values() for part in sample)
+
+
+def test_quantiles():
+    assert harness.quantiles([5.0]) == (5.0, 5.0, 5.0)
+    assert harness.quantiles([0.0, 5.0, 1.0, 4.0, 2.0, 3.0]) == (1.0, 2.5, 4.0)
+
+
+@pytest.mark.parametrize("suite", command.SUITES)
+def test_every_suite_runs(suite, monkeypatch, capsys):
+    monkeypatch.setattr(command.SUITES[suite], "PROVIDERS", PROVIDERS[:2])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--quick"])
+    assert command.main() == 0
+    printed = capsys.readouterr().out
+    assert "eager" in printed
+    assert "gradmem" in printed
+
+
+def test_quick_numbers_are_not_stored(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "memory", "--quick", "--store"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--store" in capsys.readouterr().err
+
+
+def test_store_appends_rows_with_their_provenance(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    where = replace(harness.Provenance.here(), commit="0" * 40, modified=False)
+    row = harness.Row("memory", "meta-step", *EAGER, "float32", vars(QUICK), peak_live_bytes=1, provenance=where)
+    for _ in range(2):
+        path = harness.store(harness.Report([row]), "memory")
+    stored = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(stored) == 2
+    assert stored[0].keys() == {f.name for f in fields(harness.Row)}
+    assert stored[0]["provenance"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("change", [{"modified": True}, {"commit": None}], ids=str)
+def test_store_refuses_what_no_commit_describes(change, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    where = replace(harness.Provenance.here(), **{"commit": "0" * 40, "modified": False} | change)
+    row = harness.Row("memory", "meta-step", *EAGER, "float32", vars(QUICK), provenance=where)
+    with pytest.raises(SystemExit, match="commit first"):
+        harness.store(harness.Report([row]), "memory")
+    assert not list(tmp_path.iterdir())
