@@ -71,6 +71,15 @@ class Experiment:
     data: DataConfig
     train: TrainConfig
 
+    def __post_init__(self) -> None:
+        train, generated = self.train, self.data.data is None
+        keys = self.task.pairs if generated else 1
+        if train.queries > keys:
+            train.fail("queries", f"at most the {keys} of a context", train.queries)
+        if train.start_pairs is not None and not (generated and train.start_pairs <= keys):
+            train.fail("start_pairs", f"at most pairs={keys}" if generated else "None with data from a file",
+                       train.start_pairs)
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Experiment:
         """From option names, which differ between the configurations; the vocabulary follows from the task.

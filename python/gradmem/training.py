@@ -60,7 +60,7 @@ class Trainer:
             [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=self.config.lr, betas=(0.9, self.config.beta2), fused=True)
         digest = self.task.digest if isinstance(self.task, JsonlTask) else ""
-        start = self.task.levels if self.config.start_pairs is None else min(self.config.start_pairs, self.task.levels)
+        start = self.config.start_pairs or self.task.levels
         self.state = TrainState(level=start, data=digest)
         if checkpoint is not None:
             if checkpoint.state.data != digest:

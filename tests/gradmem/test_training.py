@@ -233,6 +233,16 @@ def test_training_on_files(options: Options, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(("name", "values"), [
+    ("queries", {"queries": 3}), ("queries", {"queries": 2, "data": "a", "eval_data": "b"}),
+    ("start_pairs", {"start_pairs": 3}), ("start_pairs", {"start_pairs": 1, "data": "a", "eval_data": "b"}),
+    ("schedule", {"schedule": "linear"}), ("lr", {"lr": math.inf}),
+])
+def test_options_that_do_not_fit_are_refused(options: Options, name: str, values: Options) -> None:
+    with pytest.raises(ArgumentError, match=rf"TrainConfig: {name}: expected "):
+        Experiment.from_options({**options, **values})
+
+
 def test_metrics_of_a_resumed_run_have_no_step_twice(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
