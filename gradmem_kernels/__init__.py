@@ -5,7 +5,9 @@ from gradmem_kernels.autograd import HigherOrderError
 from gradmem_kernels.backend import BackendError, use_backend
 from gradmem_kernels.checks import ArgumentError
 from gradmem_kernels.decoder import Decoder, DecoderConfig
+from gradmem_kernels.gelu import gelu, gelu_dual
 from gradmem_kernels.inner_sgd import inner_sgd, inner_sgd_dual
+from gradmem_kernels.layer_norm import layer_norm, layer_norm_dual
 from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual
 from gradmem_kernels.prefix import Prefix, PrefixLoss
 from gradmem_kernels.rms_norm import rms_norm, rms_norm_dual
@@ -15,3 +17,9 @@ from gradmem_kernels.write import WriteOutput, write
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "ArgumentError", "BackendError", "Decoder", "DecoderConfig", "HigherOrderError", "Prefix", "PrefixLoss",
+    "WriteOutput", "attention", "attention_dual", "gelu", "gelu_dual", "inner_sgd", "inner_sgd_dual", "layer_norm",
+    "layer_norm_dual", "linear_cross_entropy", "linear_cross_entropy_dual", "rms_norm", "rms_norm_dual", "rotary",
+    "rotary_dual", "rotary_tables", "swiglu", "swiglu_dual", "use_backend", "write",
+]

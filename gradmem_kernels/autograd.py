@@ -64,6 +64,9 @@ class Kernels(Protocol):
                       **options: Any) -> tuple[Tensors, Tensors]:
         """Returns ``x_bar, x_t_bar``."""
 
+    # A backend may also have a kernel double_backward(x, aux, x_t, y, saved, y_bar, needs, **options) -> x_bar, y_t that
+    # shares the work of the pair which otherwise serves the double backward; see _double_backward.
+
 
 def _keep_all(x: Tensors, options: Mapping[str, Any]) -> Flags:
     return (True,) * len(x)
@@ -235,19 +238,14 @@ class _Backward(Function):
         x_needs, aux_needs, y_needs, saved_needs, y_bar_needs = _Backward._parts(op, _wanted(ctx)[1:])
         if all(t is None for t in g) or not any(x_needs + y_bar_needs):
             return (None,) * (1 + len(flat))
-        n_x, n_aux = len(op.x), len(op.aux)
 
         def compute(*tensors: Tensor | None) -> Tensors:
-            x, aux, y_bar, x_t = _split(tensors, n_x, n_aux, len(op.y))
-            y, y_t, saved = call.kernels.dual_forward(x, aux, x_t, **call.options)
-            x_bar: Tensors = (None,) * n_x
-            if any(x_needs):
-                x_bar, _ = call.kernels.dual_backward(
-                    x, aux, x_t, y, y_t, saved, (None,) * len(op.y), y_bar, x_needs, (False,) * n_x, **call.options)
+            x_t, flat = _split(tensors, len(op.x))
+            x, aux, y, saved, y_bar = _Backward._parts(op, flat)
+            x_bar, y_t = _double_backward(call, x, aux, x_t, y, saved, y_bar, x_needs)
             return (*_select(x_bar, x_needs), *_select(y_t, y_bar_needs))
 
-        x, aux, _, _, y_bar = _Backward._parts(op, flat)
-        out = last_derivative(op.name, compute, *x, *aux, *y_bar, *_scatter(g, call.needs))
+        out = last_derivative(op.name, compute, *_scatter(g, call.needs), *flat)
         x_bar, y_bar_bar = _split(out, sum(x_needs))
         return (None, *_scatter(x_bar, x_needs), *(None,) * len(aux_needs + y_needs + saved_needs),
                 *_scatter(y_bar_bar, y_bar_needs))
@@ -269,6 +267,21 @@ class _Backward(Function):
             return _select(x_bar, needs)
 
         return last_derivative(op.name, compute, *ctx.saved_tensors, *y_bar_t, *x_t)
+
+
+def _double_backward(call: _Call, x: Tensors, aux: Tensors, x_t: Tensors, y: Tensors, saved: Tensors, y_bar: Tensors,
+                     needs: Flags) -> tuple[Tensors, Tensors]:
+    """``d/de backward(x + e * x_t; y_bar)`` and ``y_t``."""
+    kernels, options = call.kernels, call.options
+    fused = getattr(kernels, "double_backward", None)
+    if fused is not None:
+        return fused(x, aux, x_t, y, saved, y_bar, needs, **options)
+    y, y_t, saved = kernels.dual_forward(x, aux, x_t, **options)
+    if not any(needs):
+        return (None,) * len(x), y_t
+    x_bar, _ = kernels.dual_backward(x, aux, x_t, y, y_t, saved, (None,) * len(y), y_bar, needs, (False,) * len(x),
+                                     **options)
+    return x_bar, y_t
 
 
 class _DualForward(Function):

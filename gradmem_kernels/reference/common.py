@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,27 @@ def addmm_(total: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor |
     if total is None:
         return a @ b
     return total + a @ b if any(map(_is_wrapped, (total, a, b))) else total.addmm_(a, b)
+
+
+def by_samples(kernel: Callable[..., tuple[Tensor | None, ...]], size: int,
+               *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``kernel(*tensors)`` on ``size`` samples (entries of the first dimension) at a time.
+
+    On a CPU temporaries then stay in its cache, and elsewhere they stay small.
+    """
+    batch = next(t.shape[0] for t in tensors if t is not None)
+    size = max(1, size)
+    if size >= batch or any(t is not None and _is_wrapped(t) for t in tensors):
+        return kernel(*tensors)
+    out: list[Tensor | None] | None = None
+    for i in range(0, batch, size):
+        part = kernel(*(None if t is None else t[i : i + size] for t in tensors))
+        if out is None:
+            out = [None if p is None else p.new_empty(batch, *p.shape[1:]) for p in part]
+        for whole, p in zip(out, part, strict=True):
+            if whole is not None:
+                whole[i : i + size] = p
+    return tuple(out or ())
 
 
 def _is_wrapped(t: Tensor) -> bool:
