@@ -12,6 +12,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -209,14 +210,15 @@ def check_needs(case: Case) -> None:
             some = [t for t, flag in zip(x, wanted, strict=True) if flag]
             with spy_kernels() as calls:
                 first = grad((case.run_op(*x) * a).sum(), some, create_graph=True)
-            assert calls.needs_of("backward", n) == [{"needs": wanted}]
+            assert calls.needs_of(["backward"], n) == [{"needs": wanted}]
             assert_close(_named("gradient", first), _named("gradient", _chosen(full.first, wanted)))
             s = _dot(first, _chosen(u, wanted))
             if s.requires_grad:
                 with spy_kernels(calls):
                     second = grad(s, some, materialize_grads=True)
-                assert all(not any(f and not w for f, w in zip(call["needs"], wanted, strict=True))
-                           and not any(call["needs_t"]) for call in calls.needs_of("dual_backward", n))
+                for call in calls.needs_of(["double_backward", "dual_backward"], n):
+                    assert not any(need and not want for need, want in zip(call["needs"], wanted, strict=True))
+                    assert not any(call.get("needs_t", ()))
                 # the derivative of <first, u> along the wanted inputs alone
                 alone = tuple(t if flag else torch.zeros_like(t) for t, flag in zip(u, wanted, strict=True))
                 expected = derivatives(case.run_op, case.inputs, a, alone).second[:n]
@@ -226,14 +228,14 @@ def check_needs(case: Case) -> None:
             with spy_kernels() as calls:
                 _, y_t = case.run_dual(*x, *x_t)
                 grad((y_t * a).sum(), some, materialize_grads=True)
-            assert calls.needs_of("dual_backward", n) == [{"needs": wanted, "needs_t": (False,) * n}]
+            assert calls.needs_of(["dual_backward"], n) == [{"needs": wanted, "needs_t": (False,) * n}]
             assert all(t is None for t in calls[-1].arguments["y_bar"])
     x, x_t = case.inputs, _leaves(x_t)
     with spy_kernels() as calls:
         _, y_t = case.run_dual(*x, *x_t)
         grad((y_t * a).sum(), x_t)
     active = tuple(i in case.active for i in range(n))
-    assert calls.needs_of("dual_backward", n) == [{"needs": (False,) * n, "needs_t": active}]
+    assert calls.needs_of(["dual_backward"], n) == [{"needs": (False,) * n, "needs_t": active}]
 
 
 def check_precision(case: Case, dtype: torch.dtype) -> None:
@@ -349,16 +351,20 @@ def refused(call: Callable[[], Any], op: str, argument: str, expected: str, got:
     assert got in came
 
 
+#: What a backend may provide for an op; all but ``double_backward`` it must.
+KERNELS = ("forward", "backward", "dual_forward", "dual_backward", "double_backward")
+
+
 class KernelCall(NamedTuple):
     kernel: str
     arguments: Mapping[str, Any]
 
 
 class KernelCalls(list[KernelCall]):
-    def needs_of(self, kernel: str, present: int) -> list[dict[str, tuple[bool, ...]]]:
-        """For each call of ``kernel``, what it needed of the ``present`` inputs (of absent ones it needs nothing)."""
+    def needs_of(self, kernels: Sequence[str], present: int) -> list[dict[str, tuple[bool, ...]]]:
+        """For each call of ``kernels``, what it needed of the ``present`` inputs (of absent ones it needs nothing)."""
         calls = [{k: v for k, v in call.arguments.items() if k.startswith("needs")} for call in self
-                 if call.kernel == kernel]
+                 if call.kernel in kernels]
         assert not any(any(needs[present:]) for call in calls for needs in call.values())
         return [{k: needs[:present] for k, needs in call.items()} for call in calls]
 
@@ -378,8 +384,8 @@ def spy_kernels(calls: KernelCalls | None = None) -> Iterator[KernelCalls]:
 
     def select_spied(*args: Any) -> SimpleNamespace:
         kernels = select(*args)
-        return SimpleNamespace(**{name: record(name, getattr(kernels, name))
-                                  for name in ("forward", "backward", "dual_forward", "dual_backward")})
+        return SimpleNamespace(**{name: record(name, getattr(kernels, name)) for name in KERNELS
+                                  if hasattr(kernels, name)})
 
     with mock.patch.object(backends, "select", select_spied):
         yield calls
@@ -411,24 +417,26 @@ def _transforms(f: Callable[..., Tensor], x: Inputs, a: Tensor, u: Inputs,
     def s(*x: Tensor) -> Tensor:
         return (f(*x) * a).sum()
 
+    def jvp_of_grad(*x: Tensor, along: Sequence[bool]) -> Inputs:
+        def of_some(*some: Tensor) -> Inputs:
+            rest = iter(some)
+            return ds(*(next(rest) if flag else t for t, flag in zip(x, along, strict=True)))
+
+        return jvp(of_some, _chosen(x, along), _chosen(u, along))[1]
+
     every = _all(x)
     ds = grad(s, every)
     yield "jvp", jvp(f, x, u)
-    yield "grad", ds(*x)
     yield "grad(grad)", grad(lambda *x: _dot(ds(*x), u), every)(*x)
-    yield "jvp(grad)", jvp(ds, x, u)
     yield "grad(jvp)", grad(lambda *x: (jvp(f, x, u)[1] * a).sum(), every)(*x)
     yield "hessian", hessian(s, every)(*x)
-    for i in every:
-        def ds_of_one(t: Tensor, i: int = i) -> Inputs:
-            return ds(*x[:i], t, *x[i + 1 :])
-
-        yield f"jvp(grad) along input {i} alone", jvp(ds_of_one, (x[i],), (u[i],))
-    for mapped in (*(tuple(i == j for j in every) for i in every), (True,) * len(x)):
-        pairs = tuple(torch.stack(p) if flag else p[0] for *p, flag in zip(x, others, mapped, strict=True))
-        in_dims = tuple(0 if flag else None for flag in mapped)
-        yield f"vmap(grad){in_dims}", vmap(ds, in_dims)(*pairs)
-        yield f"vmap(jvp(grad)){in_dims}", vmap(lambda *x: jvp(ds, x, u)[1], in_dims)(*pairs)
+    # along each input alone and along all, mapped over each input alone and over all
+    choices = dict.fromkeys([*(tuple(i == j for j in every) for i in every), (True,) * len(x)])
+    for name, g in (("grad", ds), *((f"jvp(grad) along {c}", partial(jvp_of_grad, along=c)) for c in choices)):
+        yield name, g(*x)
+        for mapped in choices:
+            pairs = (torch.stack(pair) if flag else pair[0] for *pair, flag in zip(x, others, mapped, strict=True))
+            yield f"vmap({name}) over {mapped}", vmap(g, tuple(0 if flag else None for flag in mapped))(*pairs)
 
 
 def _dual_gradients(dual: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, tangents: Sequence[Tensor | None],

@@ -62,6 +62,24 @@ class FormulaKernels:
         return _needed(x_bar, x, needs), _needed(x_t_bar, x, needs_t)
 
 
+class FusedFormulaKernels(FormulaKernels):
+    """With the optional kernel for the double backward; its forward saves other tensors than its dual forward."""
+
+    @staticmethod
+    def dual_forward(x, aux, x_t, **options):
+        y, y_t, saved = FormulaKernels.dual_forward(x, aux, x_t, **options)
+        return y, y_t, (*saved, x[0].sin())
+
+    @staticmethod
+    def double_backward(x, aux, x_t, y, saved, y_bar, needs, **options):
+        assert not torch.is_grad_enabled()
+        assert len(saved) == 1
+        given, f = _of_given(_with_saved(x, saved), aux, options)
+        tangents = _or_zeros(_present(x_t, x), given)
+        (y, y_t), pull = torch.func.vjp(lambda *given: _derivative(f, given, tangents), *given)
+        return _needed(pull((tuple(map(torch.zeros_like, y)), _or_zeros(y_bar, y))), x, needs), y_t
+
+
 def _derivative(f, x, x_t):
     """``f(x)`` and its tangent, by reverse mode twice: forward mode does not nest in forward mode."""
     y, pull = torch.func.vjp(f, *x)
@@ -97,8 +115,11 @@ def _needed(bars, x, needs):
 
 
 @pytest.fixture(autouse=True)
-def toy_kernels(monkeypatch):
-    monkeypatch.setitem(backends._loaded, ("reference", OP), FormulaKernels)
+def kernels(request, monkeypatch):
+    monkeypatch.setitem(backends._loaded, ("reference", OP), getattr(request, "param", FormulaKernels))
+
+
+either_double_backward = pytest.mark.parametrize("kernels", [FormulaKernels, FusedFormulaKernels], indirect=True)
 
 
 def toy(x, w, bias=None):
@@ -123,13 +144,15 @@ def case(outputs=(True, True), bias=True):
         dual=lambda *x: tuple(map(used, toy_dual(*(x if bias else (*x[:2], None, x[2]))))))
 
 
+@either_double_backward
 @every_check(both={}, first={"outputs": (True, False)}, second={"outputs": (False, True)}, without_bias={"bias": False})
-def test_guarantees(check, options):
+def test_guarantees(check, options, kernels):
     check(case(**options))
 
 
+@either_double_backward
 @pytest.mark.parametrize("used", [0, 1])
-def test_unused_outputs_have_no_cotangent(used):
+def test_unused_outputs_have_no_cotangent(used, kernels):
     """Neither in the first backward pass, nor in the second, nor in the dual form's."""
     x, w, u = randn(2, 3).requires_grad_(), randn(3).requires_grad_(), randn(2, 3)
     present = [i == used for i in range(2)]
@@ -145,9 +168,26 @@ def test_unused_outputs_have_no_cotangent(used):
         grad(y_t[used].sum(), (x, w))
     backward, second, dual = (call for call in calls if "backward" in call.kernel)
     assert given(backward, "y_bar") == present
-    assert given(second, "y_bar") == given(dual, "y_bar") == [False, False]
-    assert given(second, "y_t_bar") == given(dual, "y_t_bar") == present
+    if second.kernel == "double_backward":  # its only cotangent is the first backward's
+        assert given(second, "y_bar") == present
+    else:
+        assert given(second, "y_bar") == [False, False]
+        assert given(second, "y_t_bar") == present
+    assert given(dual, "y_bar") == [False, False]
+    assert given(dual, "y_t_bar") == present
     assert given(second, "x_t") == given(dual, "x_t") == [True, False, False]
+
+
+@pytest.mark.parametrize(("kernels", "expected"), [
+    (FormulaKernels, ["dual_forward", "dual_backward"]), (FusedFormulaKernels, ["double_backward"])],
+    indirect=["kernels"])
+def test_kernels_of_the_double_backward(kernels, expected):
+    x, w = randn(2, 3).requires_grad_(), randn(3)
+    with spy_kernels() as calls:
+        (first,) = grad(toy(x, w)[0].sum(), x, create_graph=True)
+        del calls[:]
+        grad(first.sum(), x)
+    assert [call.kernel for call in calls] == expected
 
 
 def test_needs_of_intermediate_tensors():
@@ -163,7 +203,7 @@ def test_needs_of_intermediate_tensors():
             else:
                 gradients = grad(y.sum(), (w,) if ask == "w" else ask)
                 assert all(torch.count_nonzero(g) == g.numel() for g in gradients)
-        assert calls.needs_of("backward", 3) == [{"needs": wanted}]
+        assert calls.needs_of(["backward"], 3) == [{"needs": wanted}]
     assert_close({"x": x.grad, "base": base.grad}, {"x": base.exp() * x.detach().cos(),
                                                     "base": x.detach().sin().sum(0) * base.detach().exp()})
 
@@ -172,7 +212,7 @@ def test_backward_into_chosen_leaves():
     x, w = randn(2, 3).requires_grad_(), randn(3).requires_grad_()
     with spy_kernels() as calls:
         toy(x, w)[0].sum().backward(inputs=[w])
-    assert calls.needs_of("backward", 3) == [{"needs": (False, True, False)}]
+    assert calls.needs_of(["backward"], 3) == [{"needs": (False, True, False)}]
     assert x.grad is None
     assert_close({"w": w.grad}, {"w": x.detach().sin().sum(0)})
 
