@@ -63,7 +63,7 @@ def experiment_options(command: Callable[..., None]) -> Callable[..., None]:
 def _option(field: dataclasses.Field[Any], hint: Any, panel: str) -> Any:
     kind = (get_args(hint) or (hint,))[0]
     choices, default = field.metadata["choices"], field.default
-    shown = "" if default is None else f" (default: {'no' if default is False else 'yes' if default is True else default})"
+    shown = "" if default is None else f" (default: {str(default).lower()})"
     return Annotated[Optional[kind], typer.Option(  # noqa: UP045 - typer reads it at run time
         help=field.metadata["help"] + shown, rich_help_panel=panel, metavar="|".join(choices) or None)]
 
