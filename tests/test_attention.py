@@ -9,6 +9,7 @@ from second_order import (
     assert_close,
     check_dual,
     check_empty,
+    check_needs,
     check_precision,
     check_values,
     derivatives,
@@ -21,6 +22,7 @@ from second_order import (
 
 from gradmem_kernels import backend as backends
 from gradmem_kernels.attention import attention, attention_dual
+from gradmem_kernels.reference import attention as reference
 
 OP = "attention"
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -78,6 +80,15 @@ def test_precision(options, dtype, backend):
     {"lengths": (3, 0)}, {"lengths": (3, 0), "seqlens": (0,)}, {"batch": 0, "causal": True, "seqlens": ()}], ids=str)
 def test_empty(options, backend):
     check_empty(case(backend, **options))
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_samples_at_a_time(at_a_time, monkeypatch):
+    """However many samples the reference kernels work on at once, the results are the same."""
+    monkeypatch.setattr(reference, "SCORES", {"cpu": at_a_time * 2 * 4 * 4})
+    split = case("reference", batch=3, heads=(2, 1), lengths=(4, 4), causal=True, seqlens=(4, 1, 2))
+    for check in (check_values, check_dual, check_needs):
+        check(split)
 
 
 sizes = st.integers(0, 6)

@@ -2,8 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from second_order import Case, check_empty, check_precision, every_check, narrow_dtypes, randn, refused
+from second_order import (
+    Case,
+    check_dual,
+    check_empty,
+    check_needs,
+    check_precision,
+    check_values,
+    every_check,
+    narrow_dtypes,
+    randn,
+    refused,
+)
 
+from gradmem_kernels.reference import swiglu as reference
 from gradmem_kernels.swiglu import swiglu, swiglu_dual
 
 OP = "swiglu"
@@ -21,6 +33,14 @@ def case(backend, *shape):
 @every_check(one={"shape": (1,)}, rows={"shape": (2, 7)}, three_dims={"shape": (2, 3, 2)})
 def test_guarantees(check, options, backend):
     check(case(backend, *options["shape"]))
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_samples_at_a_time(at_a_time, monkeypatch):
+    """However many samples the reference kernels work on at once, the results are the same."""
+    monkeypatch.setattr(reference, "ELEMENTS", at_a_time * 4)
+    for check in (check_values, check_dual, check_needs):
+        check(case("reference", 3, 4))
 
 
 @narrow_dtypes
