@@ -8,18 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmem_kernels.reference.common import add, by_samples, cast, mul, mul_, wide
+from gradmem_kernels.reference.common import add, addcmul_, by_samples, cast, mul, mul_, wide
 
-#: Elements that are worked on at a time on a CPU: what stays in its cache.
+#: Elements that the kernels with many temporaries work on at a time on a CPU: what stays in its cache.
 ELEMENTS = 2**16
 
 
 def forward(x, aux):
-    return _by_samples(_forward, *x), ()
+    gate, up = x
+    return (mul_(F.silu(wide(gate)), wide(up)).to(gate.dtype),), ()
 
 
 def backward(x, aux, y, saved, y_bar, needs):
-    return _by_samples(partial(_backward, needs), *x, *y_bar)
+    (gate, up), dy = x, wide(y_bar[0])
+    dgate = _times_f1(dy * wide(up), wide(gate)).to(gate.dtype) if needs[0] else None
+    dup = mul_(F.silu(wide(gate)), dy).to(up.dtype) if needs[1] else None
+    return dgate, dup
 
 
 def dual_forward(x, aux, x_t):
@@ -37,17 +41,6 @@ def double_backward(x, aux, x_t, y, saved, y_bar, needs):
     return tuple(x_bar), (y_t,)
 
 
-def _forward(gate, up):
-    return (mul_(F.silu(wide(gate)), wide(up)).to(gate.dtype),)
-
-
-def _backward(needs, gate, up, dy):
-    dy = wide(dy)
-    dgate = _times_f1(dy * wide(up), wide(gate)).to(gate.dtype) if needs[0] else None
-    dup = mul_(F.silu(wide(gate)), dy).to(up.dtype) if needs[1] else None
-    return dgate, dup
-
-
 def _dual_forward(gate, up, gate_t, up_t):
     dtype = gate.dtype
     gate, up, gate_t, up_t = map(wide, (gate, up, gate_t, up_t))
@@ -60,44 +53,45 @@ def _dual_forward(gate, up, gate_t, up_t):
 def _dual_backward(needs, needs_t, gate, up, gate_t, up_t, a, b):
     x = gate, up
     gate, up, gate_t, up_t, a, b = map(wide, (gate, up, gate_t, up_t, a, b))
-    f = F.silu(gate) if (needs[1] and a is not None) or needs_t[1] else None
     b_gate_t = mul(b, gate_t) if any(needs) else None
+    f, f1, f2 = _derivatives(gate, second=needs[0] and b_gate_t is not None)
 
     dgate = dup = dgate_t = dup_t = None
-    if needs[1]:
-        # f(gate) * a + f'(gate) * b * gate_t
-        dup = cast(add(mul(f, a), _times_f1(b_gate_t, gate)), x[1])
-    if needs_t[1]:
-        dup_t = cast(None if b is None else mul_(f, b), x[1])
-    if needs_t[0]:
-        dgate_t = cast(_times_f1(mul(b, up), gate), x[0])
     if needs[0]:
         # f'(gate) * (a * up + b * up_t) + f''(gate) * b * gate_t * up
-        dgate = _times_f1(add(mul(a, up), mul(b, up_t)), gate)
+        dgate = mul(add(mul(a, up), mul(b, up_t)), f1)
         if b_gate_t is not None:
-            dgate = add(dgate, mul_(mul_(b_gate_t, up), _f2(gate, torch.sigmoid(gate))))
+            dgate = addcmul_(dgate, mul_(f2, up), b_gate_t)
         dgate = cast(dgate, x[0])
+    if needs[1]:
+        # f(gate) * a + f'(gate) * b * gate_t
+        dup = mul(f, a)
+        if b_gate_t is not None:
+            dup = addcmul_(dup, f1, b_gate_t)
+        dup = cast(dup, x[1])
+    if needs_t[0]:
+        dgate_t = cast(mul(mul(b, up), f1), x[0])
+    if needs_t[1]:
+        dup_t = cast(mul(f, b), x[1])
     return dgate, dup, dgate_t, dup_t
 
 
 def _double_backward(needs, gate, up, gate_t, up_t, b):
     x = gate, up
     gate, up, gate_t, up_t, b = map(wide, (gate, up, gate_t, up_t, b))
-    # f' = s + f * (1 - s),  s = sigmoid(gate),  f = gate * s
-    s = torch.sigmoid(gate)
-    f = gate * s
-    f1 = torch.addcmul(s + f, f, s, value=-1)
-    # y_t = f' * gate_t * up + f * up_t
+    f, f1, f2 = _derivatives(gate, second=needs[0] and gate_t is not None)
+    # y_t = f'(gate) * gate_t * up + f(gate) * up_t
     f1_gate_t = mul(f1, gate_t)
     y_t = add(mul(f1_gate_t, up), mul(f, up_t)).to(x[0].dtype)
-    # f' * b * up_t + f'' * b * gate_t * up,  f' * b * gate_t
     dgate = dup = None
     if needs[0]:
+        # (f'(gate) * up_t + f''(gate) * gate_t * up) * b
         dgate = mul(f1, up_t)
         if gate_t is not None:
-            dgate = add(dgate, mul_(mul_(_f2(gate, s), gate_t), up))
+            dgate = add(dgate, mul_(mul_(f2, gate_t), up))
         dgate = cast(mul_(dgate, b), x[0])
     if needs[1]:
+        # f'(gate) * gate_t * b
         dup = cast(mul(f1_gate_t, b), x[1])
     return dgate, dup, y_t
 
@@ -114,7 +108,9 @@ def _times_f1(g: Tensor | None, x: Tensor) -> Tensor | None:
     return None if g is None else torch.ops.aten.silu_backward(g, x)
 
 
-def _f2(x: Tensor, s: Tensor) -> Tensor:
-    """f''(x) = s * (1 - s) * (2 + x * (1 - 2 * s)), s = sigmoid(x)."""
-    f2 = torch.add(0.5, s, alpha=-1).mul_(x).add_(1).mul_(s)
-    return f2.mul_(1 - s).mul_(2)
+def _derivatives(x: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """f, f' = s + f * (1 - s) and, on demand, f'' = s * (1 - s) * (2 + x - 2 * f) at ``x``, s = sigmoid(x)."""
+    s = torch.sigmoid(x)
+    f, rest = x * s, 1 - s
+    f1 = torch.addcmul(s, f, rest)
+    return f, f1, torch.sub(x, f, alpha=2).add_(2).mul_(s).mul_(rest) if second else None
