@@ -74,9 +74,8 @@ def inner_sgd_dual(memory: Tensor, grad: Tensor, lr: float | Tensor, memory_t: T
 def _arguments(memory: Tensor, grad: Tensor, lr: float | Tensor, clip_value: float | None,
                clip_norm: float | None) -> tuple[Tensors, dict[str, Any]]:
     """The op's differentiable inputs and its options: a number ``lr`` is an option."""
-    is_tensor = isinstance(lr, Tensor)
-    options = {"lr": None if is_tensor else lr, "clip_value": clip_value, "clip_norm": clip_norm}
-    return (memory, grad, lr if is_tensor else None), options
+    tensor, number = (lr, None) if isinstance(lr, Tensor) else (None, lr)
+    return (memory, grad, tensor), {"lr": number, "clip_value": clip_value, "clip_norm": clip_norm}
 
 
 def _check(op: str, memory: Tensor, grad: Tensor, lr: float | Tensor, clip_value: float | None,
