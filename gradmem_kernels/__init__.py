@@ -1,4 +1,4 @@
-"""Twice-differentiable kernels, and WRITE: per-sample gradient descent on a memory that outer gradients flow through."""
+"""Kernels that can be differentiated twice, and WRITE, gradient descent that outer gradients pass through."""
 
 from gradmem_kernels.attention import attention, attention_dual
 from gradmem_kernels.autograd import HigherOrderError

@@ -64,8 +64,8 @@ class Kernels(Protocol):
                       **options: Any) -> tuple[Tensors, Tensors]:
         """Returns ``x_bar, x_t_bar``."""
 
-    # A backend may also have a kernel double_backward(x, aux, x_t, y, saved, y_bar, needs, **options) -> x_bar, y_t that
-    # shares the work of the pair which otherwise serves the double backward; see _double_backward.
+    # A backend may also have double_backward(x, aux, x_t, y, saved, y_bar, needs, **options) -> x_bar, y_t, which
+    # shares the work of the pair that otherwise serves the double backward; see _double_backward.
 
 
 def _keep_all(x: Tensors, options: Mapping[str, Any]) -> Flags:
@@ -253,7 +253,7 @@ class _Backward(Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *flat_t: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op, needs = ctx.call, ctx.call.op, ctx.call.needs
-        x_t, _, _, _, y_bar_t = _Backward._parts(op, flat_t)
+        x_t, *_rest, y_bar_t = _Backward._parts(op, flat_t)
         n_x, n_aux, n_y = len(op.x), len(op.aux), len(op.y)
 
         def compute(*tensors: Tensor | None) -> Tensors:

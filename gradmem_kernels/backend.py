@@ -81,7 +81,7 @@ def explain(*tensors: Tensor) -> list[Choice]:
     """What the automatic choice is for each op (given such tensors, if any), with the reasons against the others."""
     rows = []
     for op in OPS:
-        passed_over = []
+        passed_over: list[str] = []
         for name in BACKENDS:
             reason = _refusal(name, op, tensors)
             if reason is None:

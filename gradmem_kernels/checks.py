@@ -45,9 +45,9 @@ class Checker:
                remedy: str = "") -> Tensor:
         """Checks type, rank, sizes, dtype and device.
 
-        ``dims`` names the dimensions, ``"..."`` at either end stands for any number of them. Without ``dtypes`` the tensor
-        must be floating point and share the dtype of the first such tensor; every tensor must share the first's
-        device.
+        ``dims`` names the dimensions, ``"..."`` at either end stands for any number of them. Without ``dtypes`` the
+        tensor must be floating point and share the dtype of the first such tensor; every tensor must share the
+        first's device.
         """
         if not isinstance(value, Tensor):
             self.fail(argument, "a tensor", type(value).__name__, remedy)

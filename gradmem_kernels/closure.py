@@ -44,21 +44,18 @@ class ClosedOver:
             self._first = nodes
         else:
             for node in nodes & self._first:
-                self._refuse(_describe(self.loss_fn, lambda t, node=node: t.grad_fn is node)
-                             or f"a non-leaf tensor made by {node.name()}",
+                self._refuse(_describe(self.loss_fn, node) or f"a non-leaf tensor made by {node.name()}",
                              "pass it in params=, or compute it inside loss_fn")
         if self.params is None:
             return tuple(leaves.values())
         for leaf in leaves.values():
             if all(leaf is not p for p in given):
-                self._refuse(_describe(self.loss_fn, lambda t, leaf=leaf: t is leaf)
-                             or f"a leaf tensor of shape {list(leaf.shape)}",
+                self._refuse(_describe(self.loss_fn, leaf) or f"a leaf tensor of shape {list(leaf.shape)}",
                              "add it to params=, or pass params=None to have leaves found")
         _, behind = _walk(list(borders), set())
         for leaf in behind.values():
             if any(leaf is p for p in given):
-                self._refuse(_describe(self.loss_fn, lambda t, leaf=leaf: t is leaf)
-                             or f"a leaf tensor of shape {list(leaf.shape)}",
+                self._refuse(_describe(self.loss_fn, leaf) or f"a leaf tensor of shape {list(leaf.shape)}",
                              "it is reached directly and through another tensor of params=; compute that tensor "
                              "inside loss_fn, or use recompute='none'")
         return self.params
@@ -82,10 +79,10 @@ def _walk(edges: list[tuple[Any, int]], borders: set[tuple[Any, int]]) -> tuple[
     return nodes, leaves
 
 
-def _describe(loss_fn: Any, matches: Callable[[Tensor], bool]) -> str | None:
-    """The name under which ``loss_fn`` closes over a tensor, with its shape."""
+def _describe(loss_fn: Any, wanted: Any) -> str | None:
+    """The name and shape of the tensor that ``loss_fn`` closes over: a leaf, or what the graph node ``wanted`` made."""
     for name, value in _names(loss_fn):
-        if isinstance(value, Tensor) and matches(value):
+        if isinstance(value, Tensor) and (value is wanted or (value.grad_fn is not None and value.grad_fn is wanted)):
             return f"{name!r}, of shape {list(value.shape)}"
     return None
 

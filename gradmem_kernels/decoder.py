@@ -7,7 +7,9 @@ so that a linear layer is one matrix product on twice the rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +89,7 @@ def linear_dual(linear: nn.Module, x: Tensor) -> Tensor:
     if bias is None:
         return linear(x)
     both = torch.stack([bias, torch.zeros_like(bias)])
-    return F.linear(x, linear.weight) + both.view(2, *(1,) * (x.dim() - 2), -1)
+    return F.linear(x, cast(Tensor, linear.weight)) + both.view(2, *(1,) * (x.dim() - 2), -1)
 
 
 class RMSNorm(nn.Module):
@@ -215,7 +217,7 @@ class Decoder(nn.Module):
         self._check("Decoder.dual", inputs_embeds, start)
         x = torch.stack([inputs_embeds, inputs_embeds_t])
         rope = self._rope(x.shape[2], x)
-        for layer in self.layers:
+        for layer in cast(Iterable[Block], self.layers):
             if checkpoint_layers:
                 x = checkpoint(layer.dual, x, rope, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -345,9 +345,9 @@ def _check(loss_fn: Any, memory: Memory, steps: int, lr: LearningRate | None, pa
             check.number(name, clip, above=0.0)
     if update is None:
         return tensors, _check_lr(check, lr, tensors, isinstance(memory, tuple), steps)
-    for name, value in (("lr", lr), ("clip_value", clip_value), ("clip_norm", clip_norm)):
-        if value is not None:
-            check.fail(name, "None with update=, whose business it is", value)
+    for name, given in (("lr", lr), ("clip_value", clip_value), ("clip_norm", clip_norm)):
+        if given is not None:
+            check.fail(name, "None with update=, whose business it is", given)
     if not callable(update):
         check.fail("update", "a callable", type(update).__name__)
     return tensors, ()

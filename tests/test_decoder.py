@@ -151,8 +151,9 @@ def test_half_precision_decoder_keeps_the_memory_in_float32() -> None:
 
 
 def loss_arguments(**changed: Any) -> dict[str, Any]:
-    return {"decoder": make(SHAPES[0]), "prefix": Prefix(8, dtype=F64), "context_embeds": torch.zeros(2, 4, 8, dtype=F64),
-            "labels": torch.zeros(2, 4, dtype=torch.int64), "head_weight": torch.zeros(5, 8, dtype=F64)} | changed
+    return {"decoder": make(SHAPES[0]), "prefix": Prefix(8, dtype=F64),
+            "context_embeds": torch.zeros(2, 4, 8, dtype=F64), "labels": torch.zeros(2, 4, dtype=torch.int64),
+            "head_weight": torch.zeros(5, 8, dtype=F64)} | changed
 
 
 @pytest.mark.parametrize(("changed", "message"), [

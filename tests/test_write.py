@@ -207,8 +207,10 @@ def test_inference(mode: Callable[[], Any], recompute: str) -> None:
     expected = write(case.ours(), case.memory, steps=2, lr=0.2, clip_norm=0.5)
     with mode():
         out = write(case.ours(), case.memory, steps=2, lr=0.2, clip_norm=0.5, recompute=recompute)
-    assert not out.memory.requires_grad and not out.losses.requires_grad
-    assert torch.equal(out.memory, expected.memory) and torch.equal(out.losses, expected.losses)
+    assert not out.memory.requires_grad
+    assert not out.losses.requires_grad
+    assert torch.equal(out.memory, expected.memory)
+    assert torch.equal(out.losses, expected.losses)
     assert all(p.requires_grad for p in case.decoder.parameters())
 
 

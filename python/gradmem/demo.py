@@ -35,23 +35,25 @@ class Recipe:
     value_length: int = 1
     pairs: int = 4
     memory_tokens: int = 8
+    memory_init_std: float = 1.0
     steps: int = 2
-    inner_lr: float = 4.0
+    inner_lr: float = 50.0
     learn_inner_lr: bool = True
     write_head: bool = True
-    inner_loss_weight: float = 0.5
+    inner_loss_weight: float = 0.1
     recompute: str = "none"
-    hidden_size: int = 32
-    num_layers: int = 3
+    hidden_size: int = 64
+    num_layers: int = 2
     num_heads: int = 4
     intermediate_size: int = 128
-    batch_size: int = 64
+    batch_size: int = 32
     queries: int = 4
-    max_steps: int = 4000
+    max_steps: int = 1500
     lr: float = 3e-3
-    warmup_steps: int = 200
+    warmup_steps: int = 100
     start_pairs: int = 2
-    stop_at: float = 0.98
+    advance_at: float = 0.8
+    stop_at: float = 0.96
 
 
 def run_demo(console: Console, out: Path, seed: int, recipe: Recipe | None = None) -> bool:
