@@ -32,8 +32,10 @@ class EagerAttention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        weights = (q @ k.mT * q.shape[-1] ** -0.5 + mask).softmax(-1)
-        return self.o_proj((weights @ v).transpose(1, 2).flatten(2))
+        # scale * q k^T + mask in one call: on CPU faster than in three, and than the math backend of SDPA
+        weights = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
+        o = (weights @ v.flatten(0, 1)).unflatten(0, (-1, self.heads))
+        return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
 class EagerMLP(nn.Module):
@@ -78,10 +80,10 @@ class EagerDecoder(nn.Module):
         return self.norm(x[:, first:])
 
     def _positions(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotary tables ``[length, head_dim]`` and the causal mask, made once per length."""
+        """Rotary tables ``[length, head_dim / 2]`` and the causal mask, made once per length."""
         if (length, dtype) not in self._tables:
             rates = self.theta ** -(torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
-            angles = torch.outer(torch.arange(length, dtype=torch.float64), rates).repeat(1, 2)
+            angles = torch.outer(torch.arange(length, dtype=torch.float64), rates)
             mask = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
             self._tables[length, dtype] = angles.cos().to(dtype), angles.sin().to(dtype), mask
         return self._tables[length, dtype]
@@ -109,4 +111,4 @@ def token_loss(decoder: EagerDecoder, memory: Tensor, tokens: Tensor, labels: Te
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

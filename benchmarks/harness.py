@@ -41,9 +41,9 @@ T = TypeVar("T")
 class Options:
     """What the command line says. ``quick`` asks for a tiny shape: it shows that a suite runs, not how fast."""
 
-    quick: bool = False
-    repeats: int = 20
-    warmup: int = 2
+    quick: bool
+    repeats: int
+    warmup: int = 1
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Process(NamedTuple):
 
 
 def measure_process(make: Callable[..., Callable[[], Any]], args: Sequence[Any], threads: int,
-                    repeats: int = 3) -> Process:
+                    repeats: int = 2) -> Process:
     """Runs ``make(*args)()`` in this process, once and then ``repeats`` times: page faults per step after the first,
     and the highest resident set (``None`` where the system does not tell)."""
     torch.set_num_threads(threads)
@@ -203,7 +203,6 @@ def store(report: Report, suite: str) -> Path:
         if row.provenance.commit is None or row.provenance.modified:
             raise SystemExit("--store: expected a git checkout without uncommitted changes, so that the stored commit "
                              "is what was measured; commit first")
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{suite}.jsonl"
     with path.open("a") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in report.rows)

@@ -120,7 +120,7 @@ def test_peak_memory_is_flat_in_the_steps():
 def test_interleave_times_each_step_once_a_round():
     order = []
     steps = {name: functools.partial(order.append, name) for name in "ab"}
-    samples = harness.interleave(steps, harness.Options(repeats=2, warmup=1))
+    samples = harness.interleave(steps, harness.Options(quick=True, repeats=2))
     assert "".join(order) == "ab" + "ab" + "ba"
     assert all(len(part) == 2 for sample in samples.values() for part in sample)
 
@@ -140,11 +140,16 @@ def test_every_suite_runs(suite, monkeypatch, capsys):
     assert "gradmem" in printed
 
 
-def test_quick_numbers_are_not_stored(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "memory", "--quick", "--store"])
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["memory", "--quick", "--store"], "--store"),
+    (["memory", "--repeats", "0"], "--repeats: expected at least 1, got 0"),
+    (["nothing"], "meta-step"),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_bad_arguments_are_refused(arguments, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     with pytest.raises(SystemExit):
         command.main()
-    assert "--store" in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
 def test_store_appends_rows_with_their_provenance(tmp_path, monkeypatch):
