@@ -72,7 +72,8 @@ def test_guarantees(check, options, backend):
 @narrow_dtypes
 @pytest.mark.parametrize("options", [{}, {"causal": True, "seqlens": (33, 20)}], ids=["full", "causal_padded"])
 def test_precision(options, dtype, backend):
-    check_precision(case(backend, batch=2, heads=(4, 2), lengths=(33, 33), d=16, **options), dtype)
+    check_precision(case(backend, batch=2, heads=(4, 2), lengths=(33, 33), d=16, **options), dtype,
+                    half_in_float32=backend == "reference")
 
 
 @pytest.mark.parametrize("options", [
@@ -121,6 +122,16 @@ def test_queries_without_keys_give_zeros(options, rows, backend):
     if rows == (0,):  # its keys and values are used by no query either
         for of_key in (*d.first[1:], *d.second[1:3]):
             assert torch.count_nonzero(of_key[0]) == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_far_from_zero(sign, backend):
+    """``exp`` of the scores, 784 and more, overflows; of their negatives it is 0."""
+    far = case(backend, lengths=(2, 3), scale=1.0)
+    q, k, _ = far.inputs
+    q[..., 0], k[..., 0] = 28, 28 * sign
+    check_values(far)
+    check_dual(far)
 
 
 @pytest.mark.parametrize("causal", [False, True])
