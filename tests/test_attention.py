@@ -72,8 +72,8 @@ def test_guarantees(check, options, backend):
 @narrow_dtypes
 @pytest.mark.parametrize("options", [{}, {"causal": True, "seqlens": (33, 20)}], ids=["full", "causal_padded"])
 def test_precision(options, dtype, backend):
-    check_precision(case(backend, batch=2, heads=(4, 2), lengths=(33, 33), d=16, **options), dtype,
-                    half_in_float32=backend == "reference")
+    # the backward kernels read the output, which is rounded
+    check_precision(case(backend, 2, (4, 2), (33, 33), 16, **options), dtype, only_rounds=False)
 
 
 @pytest.mark.parametrize("options", [

@@ -81,7 +81,7 @@ def test_chunks_of_rows(chunk, bias, monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 def test_precision(dtype, bias, backend):
     check_precision(case(backend, random_labels(3, 17, classes=40), 40, 33, bias), dtype,
-                    half_in_float32=backend == "reference")
+                    only_rounds=backend == "reference")
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)], ids=str)
