@@ -131,12 +131,15 @@ def check_gradcheck(case: Case) -> None:
 
 def check_transforms(case: Case) -> None:
     """``torch.func`` transforms and their nestings give what they give for the plain formula."""
-    a, u = case.cotangent(), _random_likes(case.inputs)
-    others = _random_likes(case.inputs)
-    expected = dict(_transforms(case.run_plain, case.inputs, a, u, others))
-    for name, actual in _transforms(case.run_op, case.inputs, a, u, others):
-        assert_close({f"{name} [{i}]": t for i, t in enumerate(_flat(actual))},
-                     {f"{name} [{i}]": t for i, t in enumerate(_flat(expected[name]))})
+    a, u, others = case.cotangent(), _random_likes(case.inputs), _random_likes(case.inputs)
+
+    def compare(op: Iterator[tuple[str, Any]], plain: Iterator[tuple[str, Any]]) -> None:
+        for (name, actual), (_, expected) in zip(op, plain, strict=True):
+            assert_close(_named(name, _flat(actual)), _named(name, _flat(expected)))
+
+    compare(_transforms(case.run_op, case.inputs, a, u, others), _transforms(case.run_plain, case.inputs, a, u, others))
+    if case.aux:
+        compare(_maps_of_aux(case, case.op, a, u), _maps_of_aux(case, case.plain, a, u))
 
 
 def check_dual(case: Case) -> None:
@@ -439,6 +442,15 @@ def _transforms(f: Callable[..., Tensor], x: Inputs, a: Tensor, u: Inputs,
         for mapped in choices:
             pairs = (torch.stack(pair) if flag else pair[0] for *pair, flag in zip(x, others, mapped, strict=True))
             yield f"vmap({name}) over {mapped}", vmap(g, tuple(0 if flag else None for flag in mapped))(*pairs)
+
+
+def _maps_of_aux(case: Case, f: Callable[..., Tensor], a: Tensor, u: Inputs) -> Iterator[tuple[str, Any]]:
+    from torch.func import grad, jvp, vmap
+
+    def jvp_of_grad(aux: Mapping[str, Tensor]) -> Any:
+        return jvp(grad(lambda *x: (f(*x, **aux) * a).sum(), _all(u)), case.inputs, u)
+
+    yield "vmap(jvp(grad)) over aux", vmap(jvp_of_grad)({k: torch.stack((t, t.flip(0))) for k, t in case.aux.items()})
 
 
 def _dual_gradients(dual: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, tangents: Sequence[Tensor | None],
