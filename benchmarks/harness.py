@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import time
@@ -30,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 #: A provider may be this many times less exact than plain PyTorch in the same dtype, both against float64.
 ERROR_FACTOR = 4.0
 #: Environment variables that change the speed or the memory of a run.
-ENVIRONMENT = ("GRADMEM_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TRITON_")
+ENVIRONMENT = ("GLIBC_TUNABLES", "GRADMEM_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TRITON_")
 
 #: A loss and the gradients of it, by name.
 Result = tuple[Tensor, dict[str, Tensor]]
@@ -118,7 +119,7 @@ class Samples(NamedTuple):
     minor_faults: list[int]
 
 
-def interleave(steps: Mapping[str, Callable[[], Any]], options: Options) -> dict[str, Samples]:
+def interleave(steps: Mapping[T, Callable[[], Any]], options: Options) -> dict[T, Samples]:
     """Times every step once per round, so that drift of the machine meets all of them; every other round runs
     backwards, so that none always follows the same neighbour."""
     for _ in range(options.warmup):
@@ -163,7 +164,7 @@ def gate(name: str, errors: Mapping[str, float], eager: Mapping[str, float]) -> 
 
 def mebibytes(size: float | None) -> str:
     """For a table; a dash where nothing was measured."""
-    return "-" if size is None else f"{size / 2**20:.2f} MiB"
+    return "-" if size is None else f"{size / 2**20:.2f}"
 
 
 class Process(NamedTuple):
@@ -214,6 +215,9 @@ def _root() -> Path:
 
 
 def _git(*args: str) -> str | None:
+    """What git says of the checkout; ``None`` without git, or outside one."""
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(["git", *args], cwd=_root(), capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -34,14 +34,14 @@ def run(options: Options) -> Report:
 def table(rows: Sequence[Row]) -> Table:
     """One line per provider, one column per number of steps."""
     shape = ", ".join(f"{name} {size}" for name, size in rows[0].shape.items() if name != "steps")
-    out = Table(title=f"peak live memory of a meta-step, {rows[0].dtype}; {shape}")
+    out = Table(title=f"peak live memory of a meta-step in MiB, {rows[0].dtype}; {shape}")
     steps = sorted({row.shape["steps"] for row in rows})
-    for column in ("provider", "mode", *(f"K={k}" for k in steps), f"a step from K={steps[1]} on, less M_k"):
+    for column in ("provider", "mode", *(f"K={k}" for k in steps), f"bytes a step from K={steps[1]} on, less M_k"):
         out.add_column(column, justify="left" if column in ("provider", "mode") else "right")
     for start in range(0, len(rows), len(steps)):
         line = rows[start : start + len(steps)]
         out.add_row(line[0].provider, line[0].mode, *(mebibytes(row.peak_live_bytes) for row in line),
-                    f"{beyond_memories(line[1], line[-1]):.0f} B")
+                    f"{beyond_memories(line[1], line[-1]):.0f}")
     return out
 
 

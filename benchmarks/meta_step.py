@@ -143,10 +143,10 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows as people read them."""
     shape = ", ".join(f"{name} {size}" for name, size in rows[0].shape.items())
     out = Table(title=f"meta-step, {rows[0].dtype}; {shape}", caption=f"GFLOP: {FLOP_FORMULA}")
-    for column in ("provider", "mode", "ms", "20 %", "80 %", "of eager", "GFLOP/s", "peak live", "of eager",
-                   "peak RSS", "page faults", "error"):
-        out.add_column(column, justify="left" if column in ("provider", "mode") else "right")
-    eager = next((row.peak_live_bytes for row in rows if row.provider == EAGER.name), None)
+    for column in ("provider", "mode", "ms", "20 %", "80 %", "of eager", "GFLOP/s", "live MiB", "of eager", "RSS MiB",
+                   "faults", "error"):
+        out.add_column(column, justify="left" if column in ("provider", "mode") else "right", no_wrap=True)
+    eager = next(row.peak_live_bytes for row in rows if row.provider == EAGER.name)
     for row in rows:
         out.add_row(row.provider, row.mode, *(f"{ms:.1f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)),
                     _ratio(row.ratio_to_eager), f"{1e3 * row.tflops:.1f}", mebibytes(row.peak_live_bytes),
