@@ -42,8 +42,9 @@ $(BIN)/python:
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# A CUDA-free torch comes first, so that the editable install finds its requirement met.
+# Another torch comes first, so that the second line finds it installed; alone, because such an index holds other
+# versions of its dependencies than constraints.txt.
 $(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
-	$(if $(TORCH_INDEX_URL),$(BIN)/pip install -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
+	$(if $(TORCH_INDEX_URL),$(BIN)/pip install --no-deps -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	@touch $@
