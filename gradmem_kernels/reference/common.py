@@ -40,24 +40,24 @@ def sum_rows(t: Tensor | None) -> Tensor | None:
 
 def add_(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """:func:`add` in the place of ``a``, a temporary."""
-    return add(a, b) if a is None or b is None or _is_wrapped(b) else a.add_(b)
+    return add(a, b) if a is None or b is None or is_wrapped(b) else a.add_(b)
 
 
 def sub_(a: Tensor, b: Tensor) -> Tensor:
     """``a - b`` in the place of ``a``, a temporary."""
-    return a - b if _is_wrapped(b) else a.sub_(b)
+    return a - b if is_wrapped(b) else a.sub_(b)
 
 
 def mul_(a: Tensor, b: Tensor) -> Tensor:
     """``a * b`` in the place of ``a``, a temporary."""
-    return a * b if _is_wrapped(b) else a.mul_(b)
+    return a * b if is_wrapped(b) else a.mul_(b)
 
 
 def addcmul_(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """``total + a * b`` in the place of ``total``, a temporary."""
     if total is None:
         return a * b
-    return total + a * b if any(map(_is_wrapped, (total, a, b))) else total.addcmul_(a, b)
+    return total + a * b if any(map(is_wrapped, (total, a, b))) else total.addcmul_(a, b)
 
 
 def addmm_(total: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -66,7 +66,7 @@ def addmm_(total: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor |
         return total
     if total is None:
         return a @ b
-    return total + a @ b if any(map(_is_wrapped, (total, a, b))) else total.addmm_(a, b)
+    return total + a @ b if any(map(is_wrapped, (total, a, b))) else total.addmm_(a, b)
 
 
 def by_samples(kernel: Callable[..., tuple[Tensor | None, ...]], size: int,
@@ -77,7 +77,7 @@ def by_samples(kernel: Callable[..., tuple[Tensor | None, ...]], size: int,
     """
     batch = next(t.shape[0] for t in tensors if t is not None)
     size = max(1, size)
-    if size >= batch or any(t is not None and _is_wrapped(t) for t in tensors):
+    if size >= batch or any(t is not None and is_wrapped(t) for t in tensors):
         return kernel(*tensors)
     out: list[Tensor | None] | None = None
     for i in range(0, batch, size):
@@ -90,7 +90,7 @@ def by_samples(kernel: Callable[..., tuple[Tensor | None, ...]], size: int,
     return tuple(out or ())
 
 
-def _is_wrapped(t: Tensor) -> bool:
+def is_wrapped(t: Tensor) -> bool:
     """Whether vmap may map over ``t``: such a tensor cannot be written into one that is not mapped over.
 
     ``autograd.grad(is_grads_batched=True)`` has batched tensors of its own.

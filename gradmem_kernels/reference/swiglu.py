@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmem_kernels.reference.common import add, addcmul_, by_samples, cast, mul, mul_, wide
+from gradmem_kernels.reference.common import add, addcmul_, by_samples, cast, is_wrapped, mul, mul_, wide
 
 #: Elements that the kernels with many temporaries work on at a time on a CPU: what stays in its cache.
-ELEMENTS = 2**16
+ELEMENTS = 2**18
 
 
 def forward(x, aux):
@@ -21,7 +21,7 @@ def forward(x, aux):
 
 def backward(x, aux, y, saved, y_bar, needs):
     (gate, up), dy = x, wide(y_bar[0])
-    dgate = _times_f1(dy * wide(up), wide(gate)).to(gate.dtype) if needs[0] else None
+    dgate = _times_f1_(dy * wide(up), wide(gate)).to(gate.dtype) if needs[0] else None
     dup = mul_(F.silu(wide(gate)), dy).to(up.dtype) if needs[1] else None
     return dgate, dup
 
@@ -46,7 +46,7 @@ def _dual_forward(gate, up, gate_t, up_t):
     gate, up, gate_t, up_t = map(wide, (gate, up, gate_t, up_t))
     f = F.silu(gate)
     # y_t = f'(gate) * gate_t * up + f(gate) * up_t
-    y_t = add(_times_f1(mul(gate_t, up), gate), mul(f, up_t))
+    y_t = add(_times_f1_(mul(gate_t, up), gate), mul(f, up_t))
     return mul_(f, up).to(dtype), y_t.to(dtype)
 
 
@@ -80,20 +80,22 @@ def _double_backward(needs, gate, up, gate_t, up_t, b):
     x = gate, up
     gate, up, gate_t, up_t, b = map(wide, (gate, up, gate_t, up_t, b))
     f, f1, f2 = _derivatives(gate, second=needs[0] and gate_t is not None)
+    gate_t_up = mul(gate_t, up)
     # y_t = f'(gate) * gate_t * up + f(gate) * up_t
-    f1_gate_t = mul(f1, gate_t)
-    y_t = add(mul(f1_gate_t, up), mul(f, up_t)).to(x[0].dtype)
+    y_t = mul(f1, gate_t_up)
+    if up_t is not None:
+        y_t = addcmul_(y_t, f, up_t)
     dgate = dup = None
     if needs[0]:
         # (f'(gate) * up_t + f''(gate) * gate_t * up) * b
         dgate = mul(f1, up_t)
         if gate_t is not None:
-            dgate = add(dgate, mul_(mul_(f2, gate_t), up))
+            dgate = addcmul_(dgate, f2, gate_t_up)
         dgate = cast(mul_(dgate, b), x[0])
     if needs[1]:
         # f'(gate) * gate_t * b
-        dup = cast(mul(f1_gate_t, b), x[1])
-    return dgate, dup, y_t
+        dup = cast(None if gate_t is None else mul_(mul_(f1, gate_t), b), x[1])
+    return dgate, dup, y_t.to(x[0].dtype)
 
 
 def _by_samples(kernel, *tensors):
@@ -103,9 +105,11 @@ def _by_samples(kernel, *tensors):
     return by_samples(kernel, ELEMENTS // max(1, gate[:1].numel()), *tensors)
 
 
-def _times_f1(g: Tensor | None, x: Tensor) -> Tensor | None:
-    """g * f'(x), f'(x) = s * (1 + x * (1 - s)), s = sigmoid(x), in one pass."""
-    return None if g is None else torch.ops.aten.silu_backward(g, x)
+def _times_f1_(g: Tensor | None, x: Tensor) -> Tensor | None:
+    """g * f'(x), f'(x) = s * (1 + x * (1 - s)), s = sigmoid(x), in one pass and the place of ``g``, a temporary."""
+    if g is None or is_wrapped(g) or is_wrapped(x):
+        return None if g is None else torch.ops.aten.silu_backward(g, x)
+    return torch.ops.aten.silu_backward(g, x, grad_input=g)
 
 
 def _derivatives(x: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -53,7 +53,7 @@ class Recipe:
     warmup_steps: int = 100
     start_pairs: int = 2
     advance_at: float = 0.8
-    stop_at: float = 0.96
+    stop_at: float = 0.95
 
 
 def run_demo(console: Console, out: Path, seed: int, recipe: Recipe | None = None) -> bool:
