@@ -1,7 +1,7 @@
 # The commands of this project, from a fresh clone on: `make help`.
 
 PYTHON ?= python3
-# Another package index for torch, e.g. https://download.pytorch.org/whl/cpu for one without CUDA libraries.
+# Another package index for torch, such as PyTorch's own for CPU-only builds.
 TORCH_INDEX_URL ?=
 # Arguments for `make bench`, e.g. SUITE="memory --quick".
 SUITE ?= meta-step

@@ -66,7 +66,7 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> Kernels:
     Raises:
         BackendError: if the backend asked for is unknown or cannot serve, with the reason.
     """
-    name = backend or _requested
+    name = _requested if backend is None else backend
     _check_name(name)
     if name is not None:
         reason = _refusal(name, op, tensors)

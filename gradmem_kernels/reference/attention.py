@@ -199,10 +199,12 @@ def _blocks(kernel: Callable[..., tuple[Tensor | None, ...]], kinds: str, out_ki
     out: list[Tensor | None] = []
     for block in blocks:
         hidden = _hidden(block, q, k, seqlens, causal)
-        results = kernel(hidden, *(_fold(t, kind, block, kv_heads, group) for t, kind in zip(tensors, kinds, strict=True)))
-        results = [_unfold(t, kind, block, k if kind == "k" else q) for t, kind in zip(results, out_kinds, strict=True)]
+        parts = kernel(hidden, *(_fold(t, kind, block, kv_heads, group)
+                                 for t, kind in zip(tensors, kinds, strict=True)))
+        results = tuple(_unfold(t, kind, block, k if kind == "k" else q)
+                        for t, kind in zip(parts, out_kinds, strict=True))
         if len(blocks) == 1:
-            return tuple(results)
+            return results
         out = out or [_whole(t, kind, q, k) for t, kind in zip(results, out_kinds, strict=True)]
         for total, t, kind in zip(out, results, out_kinds, strict=True):
             if t is None:
