@@ -25,8 +25,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: f
         causal: query ``i`` sees the keys ``j <= i + Sk - Sq`` (aligned bottom-right).
         scale: factor of the scores, ``d ** -0.5`` by default.
         seqlens: ``[B]`` int32 or int64, for right padding: sample ``b`` has ``seqlens[b]`` valid keys and, if
-            ``Sq == Sk``, as many valid queries. Checked to lie in ``0..Sk`` on CPU, elsewhere under
-            ``GRADMEM_DEBUG=1``.
+            ``Sq == Sk``, as many valid queries; what is padded must be finite. Checked to lie in ``0..Sk`` on CPU,
+            elsewhere under ``GRADMEM_DEBUG=1``.
         backend: ``"reference"``, ``"triton"``, ``"native"``, or ``None`` for the automatic choice.
 
     Returns:

@@ -19,9 +19,10 @@ A further derivative raises :class:`HigherOrderError`, naming the op.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = ["HigherOrderError", "Kernels", "LinearOp", "Op", "Tensors", "last_der
 
 Tensors = tuple[Tensor | None, ...]
 Flags = tuple[bool, ...]
+T = TypeVar("T")
 
 
 class HigherOrderError(RuntimeError):
@@ -139,6 +141,20 @@ def _scatter(values: Sequence[Any], flags: Flags) -> tuple[Any, ...]:
     return tuple(next(rest) if flag else None for flag in flags)
 
 
+def _in_own_dtype(run: Callable[..., T]) -> Callable[..., T]:
+    """Runs kernels in the dtype of their tensors, whatever autocast says when they happen to run."""
+
+    @functools.wraps(run)
+    def run_without_autocast(*args: Any) -> T:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    return run_without_autocast
+
+
 def _wanted(ctx: Any) -> Flags:
     """``ctx.needs_input_grad``, less what the running backward pass will not use.
 
@@ -168,6 +184,7 @@ class _Forward(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, aux = _split(flat, len(call.op.x))
         y, saved = call.kernels.forward(x, aux, **call.options)
@@ -220,6 +237,7 @@ class _Backward(Function):
         return _split(flat, n_x, n_aux, n_y, len(flat) - n_x - n_aux - 2 * n_y)
 
     @staticmethod
+    @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, aux, y, saved, y_bar = _Backward._parts(call.op, flat)
         return _select(call.kernels.backward(x, aux, y, saved, y_bar, call.needs, **call.options), call.needs)
@@ -239,6 +257,7 @@ class _Backward(Function):
         if all(t is None for t in g) or not any(x_needs + y_bar_needs):
             return (None,) * (1 + len(flat))
 
+        @_in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
             x_t, flat = _split(tensors, len(op.x))
             x, aux, y, saved, y_bar = _Backward._parts(op, flat)
@@ -256,6 +275,7 @@ class _Backward(Function):
         x_t, *_rest, y_bar_t = _Backward._parts(op, flat_t)
         n_x, n_aux, n_y = len(op.x), len(op.aux), len(op.y)
 
+        @_in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
             x, aux, y, saved, y_bar, y_bar_t, x_t = _split(
                 tensors, n_x, n_aux, n_y, len(tensors) - 2 * n_x - n_aux - 3 * n_y, n_y, n_y)
@@ -290,6 +310,7 @@ class _DualForward(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, x_t, aux = _split(flat, len(call.op.x), len(call.op.x))
         y, y_t, saved = call.kernels.dual_forward(x, aux, x_t, **call.options)
@@ -316,6 +337,7 @@ class _DualForward(Function):
         if all(g is None for g in bars) or not any(needs + needs_t):
             return (None,) * (1 + 2 * n_x + n_aux)
 
+        @_in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
             y_bar, y_t_bar, x, aux, x_t, y, y_t, saved = _split(tensors, n_y, n_y, n_x, n_aux, n_x, n_y, n_y)
             x_bar, x_t_bar = call.kernels.dual_backward(
@@ -354,7 +376,7 @@ class _Last(Function):
 
 
 def last_derivative(name: str, compute: Callable[..., Tensors], *tensors: Tensor | None) -> Tensors:
-    """``compute(*tensors)``, run without a graph; differentiating the result raises, naming ``name``."""
+    """``compute(*tensors)``, run without a graph; differentiating the result by ``tensors`` raises, naming ``name``."""
     return _Last.apply(name, compute, *tensors)
 
 
@@ -383,6 +405,7 @@ class _Linear(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_in_own_dtype
     def forward(forward: Callable[..., Tensor], transpose: Callable[..., Tensor], x: Tensor, *aux: Tensor) -> Tensor:
         return forward(x, *aux)
 

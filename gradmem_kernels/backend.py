@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradmem_kernels.autograd import Kernels
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "Choice", "explain", "select", "use_backend"]
+__all__ = ["BACKENDS", "OPS", "BackendError", "Choice", "explain", "requested", "select", "use_backend"]
 
 #: In order of preference. Fused kernels come first as they arrive.
 BACKENDS = ("triton", "native", "reference")
@@ -46,7 +46,8 @@ class Choice(NamedTuple):
 def use_backend(name: str | None) -> Iterator[None]:
     """Asks for a backend by name in every op call inside the ``with`` block (``None``: the automatic choice).
 
-    A call's own ``backend=`` goes before this, and this before the environment variable ``GRADMEM_BACKEND``.
+    A call's own ``backend=`` goes before this, and this before the environment variable ``GRADMEM_BACKEND``. It holds
+    for the whole process, all its threads.
 
     Raises:
         BackendError: if ``name`` is unknown.
@@ -77,10 +78,21 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> Kernels:
     return _load(next(b for b in BACKENDS if _refusal(b, op, tensors) is None), op)
 
 
+def requested() -> str | None:
+    """The backend that :func:`use_backend` or ``GRADMEM_BACKEND`` asks for."""
+    return _requested
+
+
 def explain(*tensors: Tensor) -> list[Choice]:
-    """What the automatic choice is for each op (given such tensors, if any), with the reasons against the others."""
+    """What serves each op here (given such tensors, if any), and why; a backend asked for that cannot is said so."""
     rows = []
     for op in OPS:
+        if _requested is not None:
+            known = _requested in BACKENDS
+            reason = _refusal(_requested, op, tensors) if known else f"unknown, expected one of {', '.join(BACKENDS)}"
+            rows.append(Choice(op, _requested if reason is None else "none",
+                               "asked for by name" if reason is None else f"{_requested}: {reason}"))
+            continue
         passed_over: list[str] = []
         for name in BACKENDS:
             reason = _refusal(name, op, tensors)

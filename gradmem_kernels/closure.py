@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -95,8 +96,9 @@ def _names(owner: Any, depth: int = 2) -> Iterator[tuple[str, Any]]:
     elif inspect.ismethod(owner):
         found = {"self": owner.__self__}
     elif inspect.isfunction(owner):
-        variables = inspect.getclosurevars(owner)
-        found = {**variables.globals, **variables.nonlocals}
+        with contextlib.suppress(ValueError):  # a cell that is not filled yet
+            variables = inspect.getclosurevars(owner)
+            found = {**variables.globals, **variables.nonlocals}
     elif isinstance(owner, nn.Module):
         found = dict(owner.named_parameters())
     elif isinstance(owner, dict):

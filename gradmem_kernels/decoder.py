@@ -62,6 +62,8 @@ class DecoderConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 check.fail(name, "an integer >= 1", value)
+        check.number("norm_eps", self.norm_eps, minimum=0.0)
+        check.number("rope_theta", self.rope_theta, above=0.0)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             check.fail("num_heads", f"a divisor of hidden_size, {self.hidden_size}", self.num_heads,
                        "or give head_dim")
@@ -84,12 +86,17 @@ class DecoderConfig:
 
 
 def linear_dual(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer on stacked primal and tangent ``[2, ...]``: one product; a bias enters the primal half only."""
-    bias = getattr(linear, "bias", None)
-    if bias is None:
+    """A linear layer on stacked primal and tangent ``[2, ...]``: one product; a bias enters the primal half only.
+
+    A module that wraps one (an adapter, say) is run as it is, and its value at 0 taken off the tangent.
+    """
+    if not isinstance(linear, nn.Linear) or linear.__class__ is not nn.Linear:
+        offset = linear(torch.zeros_like(x[0]).narrow(-2, 0, 1))
+        return linear(x) - torch.stack([torch.zeros_like(offset), offset])
+    if linear.bias is None:
         return linear(x)
-    both = torch.stack([bias, torch.zeros_like(bias)])
-    return F.linear(x, cast(Tensor, linear.weight)) + both.view(2, *(1,) * (x.dim() - 2), -1)
+    both = torch.stack([linear.bias, torch.zeros_like(linear.bias)])
+    return F.linear(x, linear.weight) + both.view(2, *(1,) * (x.dim() - 2), -1)
 
 
 class RMSNorm(nn.Module):
@@ -215,6 +222,7 @@ class Decoder(nn.Module):
         runs each layer's dual form again.
         """
         self._check("Decoder.dual", inputs_embeds, start)
+        Checker("Decoder.dual").tangent("inputs_embeds_t", inputs_embeds_t, inputs_embeds)
         x = torch.stack([inputs_embeds, inputs_embeds_t])
         rope = self._rope(x.shape[2], x)
         for layer in cast(Iterable[Block], self.layers):
@@ -234,7 +242,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def prefill(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
-        """Appends ``T`` positions to every row of ``cache``; returns their hidden states ``[B, T, D]``.
+        """Appends ``T`` positions to every row of ``cache``; their hidden states ``[B, T, D]``, without a graph.
 
         Raises:
             ArgumentError: if the rows of ``cache`` have different lengths, or have no room left.
@@ -251,7 +259,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def step(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
-        """Appends one position to every row of ``cache``, each at its own length; returns ``[B, 1, D]``."""
+        """Appends one position to every row of ``cache``, each at its own length; ``[B, 1, D]``, without a graph."""
         x = self._check("Decoder.step", inputs_embeds, 0)
         check = Checker("Decoder.step")
         if x.shape[1] != 1:
@@ -271,14 +279,16 @@ class Decoder(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(max(64, 1 << (length - 1).bit_length()), device=x.device)
                 tables = rotary_tables(positions, self.config.rotated, theta=self.config.rope_theta, dtype=x.dtype)
+            if torch._C._functorch.is_functorch_wrapped_tensor(tables[0]):
+                return tables[0][:length], tables[1][:length]  # it must not outlive its transform
             self._tables[x.device, x.dtype] = tables
         return tables[0][:length], tables[1][:length]
 
     def _check(self, op: str, inputs_embeds: Tensor, start: int) -> Tensor:
         check = Checker(op)
-        check.sizes["D"] = self.config.hidden_size
+        check.tensor("the decoder's weight", self.norm.weight, ("D",))
         check.tensor("inputs_embeds", inputs_embeds, ("B", "S", "D"))
-        if not 0 <= start <= inputs_embeds.shape[1]:
+        if not isinstance(start, int) or not 0 <= start <= inputs_embeds.shape[1]:
             check.fail("start", f"a row in 0..{inputs_embeds.shape[1]}", start)
         return inputs_embeds
 

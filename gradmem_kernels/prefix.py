@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from gradmem_kernels.checks import Checker
+from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
 from gradmem_kernels.decoder import Decoder, linear_dual
 from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual
 
@@ -83,7 +83,7 @@ class PrefixLoss:
     def __init__(self, decoder: Decoder, prefix: Prefix, context_embeds: Tensor, labels: Tensor, head_weight: Tensor,
                  *, head_bias: Tensor | None = None) -> None:
         check = Checker("PrefixLoss")
-        check.sizes["D"] = decoder.config.hidden_size
+        check.tensor("the decoder's weight", decoder.norm.weight, ("D",))
         check.tensor("context_embeds", context_embeds, ("B", "S", "D"))
         check.tensor("labels", labels, ("B", "S"), dtypes=(torch.int64,))
         if labels.shape[1] == 0:
@@ -91,8 +91,14 @@ class PrefixLoss:
         check.tensor("head_weight", head_weight, ("V", "D"))
         if head_bias is not None:
             check.tensor("head_bias", head_bias, ("V",))
-        self.decoder, self.prefix, self.labels = decoder, prefix, labels
-        self.context_embeds, self.head_weight, self.head_bias = context_embeds, head_weight, head_bias
+        if check_values(labels) and labels.numel():
+            low, high = int(labels.masked_fill(labels == -100, 0).min()), int(labels.max())
+            if low < 0 or high >= check.sizes["V"]:
+                check.fail("labels", f"values in 0..{check.sizes['V'] - 1} (the rows of head_weight), or -100",
+                           f"{low}..{high}")
+        self.decoder, self.prefix, self.labels = decoder, prefix, _usable(labels)
+        self.context_embeds, self.head_weight = _usable(context_embeds), _usable(head_weight)
+        self.head_bias = None if head_bias is None else _usable(head_bias)
 
     @property
     def params(self) -> tuple[Tensor, ...]:
@@ -112,12 +118,14 @@ class PrefixLoss:
 
     def __call__(self, memory: Tensor) -> Tensor:
         """``[B, m, D] -> [B]``, in nats a token."""
+        self._check("PrefixLoss", memory)
         prefix = self.prefix(self._cast(memory))
         hidden = self.decoder(torch.cat([prefix, self.context_embeds[:, :-1]], 1), start=prefix.shape[1] - 1)
         return linear_cross_entropy(hidden, self.head_weight, self.labels, bias=self.head_bias)
 
     def dual(self, memory: Tensor, memory_t: Tensor, *, checkpoint_layers: bool = False) -> tuple[Tensor, Tensor]:
         """The loss and its tangent along ``memory_t``, each ``[B]``."""
+        self._check("PrefixLoss.dual", memory).tangent("memory_t", memory_t, memory)
         prefix = self.prefix.dual(self._cast(memory), self._cast(memory_t))
         context = self.context_embeds[:, :-1]
         embeds, embeds_t = (torch.cat([rows, tail], 1) for rows, tail in zip(
@@ -126,6 +134,20 @@ class PrefixLoss:
                                              checkpoint_layers=checkpoint_layers)
         return linear_cross_entropy_dual(hidden, self.head_weight, self.labels, hidden_t, bias=self.head_bias)
 
+    def _check(self, op: str, memory: Tensor) -> Checker:
+        check = Checker(op)
+        check.sizes.update(B=self.context_embeds.shape[0], D=self.context_embeds.shape[2])
+        check.tensor("memory", memory, ("B", "m", "D"), dtypes=FLOAT_DTYPES)
+        return check
+
     def _cast(self, memory: Tensor) -> Tensor:
         """The memory keeps its own dtype; the decoder reads it in that of the embeddings."""
         return memory.to(self.context_embeds.dtype)
+
+
+def _usable(t: Tensor) -> Tensor:
+    """``t``, or a copy that the inner gradient can use where ``t`` was made in inference mode."""
+    if not t.is_inference():
+        return t
+    with torch.inference_mode(False):
+        return t.clone()

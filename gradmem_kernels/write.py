@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
+from gradmem_kernels import backend as backends
 from gradmem_kernels.autograd import last_derivative
 from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
 from gradmem_kernels.closure import ClosedOver
@@ -156,7 +157,8 @@ class _Gradient:
         return loss, tuple(g if second else g.detach() for g in attached)
 
     def _keep_graph(self, memory: tuple[Tensor, ...], second: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        attached = tuple(m if m.requires_grad else m.detach().requires_grad_() for m in memory)
+        # views: what the loss closes over, the memory itself perhaps, is not what the step differentiates by
+        attached = tuple(m.view_as(m) if m.requires_grad else m.detach().requires_grad_() for m in memory)
         loss = _checked_loss(self.loss_fn(*attached), attached)
         return loss, torch.autograd.grad(loss.sum(), attached, create_graph=second, retain_graph=True,
                                          materialize_grads=True)
@@ -219,23 +221,23 @@ class _RunStep(Function):
     @staticmethod
     def backward(ctx: Any, loss_bar: Tensor | None, *grad_bars: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
-        memory = ctx.saved_tensors[: ctx.n_memory]
+        n = ctx.n_memory
         if loss_bar is None and all(u is None for u in grad_bars):
             return (None,) * (1 + len(needs))
 
         def compute(loss_bar: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-            return ctx.step.cotangents(cast(Sequence[Tensor], rest[ctx.n_memory :]), needs, loss_bar,
-                                       rest[: ctx.n_memory])
+            return ctx.step.cotangents(cast(Sequence[Tensor], rest[n : 2 * n]), needs, loss_bar, rest[:n])
 
-        found = iter(last_derivative("write", compute, loss_bar, *grad_bars, *memory))
+        # the params too, so that a further derivative is refused whatever it is taken by
+        found = iter(last_derivative("write", compute, loss_bar, *grad_bars, *ctx.saved_tensors))
         return None, *(next(found) if need else None for need in needs)
 
 
 class _Replay:
-    """Runs a block again under the random numbers and the autocast state of the time it was made."""
+    """Runs a block again under the random numbers, autocast state and backend of the time it was made."""
 
     def __init__(self, device: torch.device, *, rng: bool) -> None:
-        self.device, self.rng = device, rng
+        self.device, self.rng, self.backend = device, rng, backends.requested()
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
         self.autocast_enabled = torch.is_autocast_enabled(device.type)
         if rng:
@@ -250,7 +252,7 @@ class _Replay:
     def __call__(self) -> Iterator[None]:
         devices = [] if self.device.type == "cpu" else [self.device]
         with (torch.random.fork_rng(devices, enabled=self.rng, device_type=devices[0].type if devices else "cuda"),
-              self.autocast()):
+              self.autocast(), backends.use_backend(self.backend)):
             if self.rng:
                 torch.set_rng_state(self.cpu_state)
                 if self.device_state is not None:
@@ -260,7 +262,8 @@ class _Replay:
 
 @contextlib.contextmanager
 def _frozen(params: Sequence[Tensor]) -> Iterator[None]:
-    leaves = [p for p in params if p.is_leaf and p.requires_grad]
+    # inference tensors never had a gradient
+    leaves = [p for p in params if p.is_leaf and p.requires_grad and not p.is_inference()]
     for p in leaves:
         p.requires_grad_(False)
     try:
@@ -314,8 +317,8 @@ def _check(loss_fn: Any, memory: Memory, steps: int, lr: LearningRate | None, pa
            clip_norm: float | None, update: Update | None) -> tuple[tuple[Tensor, ...], tuple[float | Tensor, ...]]:
     """Checks every argument; returns the memory tensors and the learning rate of each."""
     check = Checker("write")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        check.fail("loss_fn", "a call outside torch.func transforms", "a call inside one",
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        check.fail("loss_fn", "a call outside torch.func transforms and forward mode", "a call inside one",
                    "differentiate through write with torch.autograd, or transform loss_fn itself")
     if not callable(loss_fn):
         check.fail("loss_fn", "a callable", type(loss_fn).__name__)

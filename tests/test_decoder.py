@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import plain
@@ -162,7 +163,9 @@ def loss_arguments(**changed: Any) -> dict[str, Any]:
      "context_embeds: expected at least one context token, got an empty context"),
     ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, r"labels: expected shape \[B=2, S=4\], got \[2, 3\]"),
     ({"labels": torch.zeros(2, 4)}, "labels: expected dtype int64, got float32"),
-    ({"head_weight": torch.zeros(5, 8)}, "head_weight: expected the dtype of context_embeds, float64, got float32"),
+    ({"head_weight": torch.zeros(5, 8)}, "head_weight: expected the dtype of the decoder's weight, float64, got"),
+    ({"labels": torch.full((2, 4), 5)}, r"labels: expected values in 0\.\.4 .*, or -100, got 5\.\.5"),
+    ({"labels": torch.full((2, 4), -1)}, r"labels: expected values in 0\.\.4 .*, or -100, got -1\.\.-1"),
     ({"head_bias": torch.zeros(6, dtype=F64)}, r"head_bias: expected shape \[V=5\], got \[6\]"),
 ])
 def test_bad_loss_input(changed: dict[str, Any], message: str) -> None:
@@ -170,9 +173,41 @@ def test_bad_loss_input(changed: dict[str, Any], message: str) -> None:
         PrefixLoss(**loss_arguments(**changed))
 
 
-def test_labels_out_of_range() -> None:
-    with pytest.raises(ArgumentError, match="labels"):
-        PrefixLoss(**loss_arguments(labels=torch.full((2, 4), 5)))(torch.zeros(2, 1, 8, dtype=F64))
+@pytest.mark.parametrize("shape", [(2, 8), (3, 1, 8), (2, 1, 7)])
+def test_memory_that_does_not_fit_the_loss(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ArgumentError, match=r"PrefixLoss: memory: expected shape \[B=2, m, D=8\]"):
+        write(PrefixLoss(**loss_arguments()), torch.zeros(shape, dtype=F64), steps=1, lr=0.1)
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with a low-rank term beside it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.a, self.b = base, torch.nn.Parameter(torch.randn(8, 1)), torch.nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a @ self.b
+
+
+def test_adapters_take_part_in_the_dual_form() -> None:
+    loss = PrefixLoss(**loss_arguments(prefix=Prefix(8, projection=True, dtype=F64),
+                                       context_embeds=torch.randn(2, 4, 8, dtype=F64),
+                                       head_weight=torch.randn(5, 8, dtype=F64)))
+    attn = loss.decoder.layers[0].self_attn
+    loss.prefix.projection = Adapted(torch.nn.Linear(8, 8)).double()
+    attn.q_proj = Adapted(attn.q_proj).double()
+    memory = torch.randn(2, 3, 8, dtype=F64, requires_grad=True)
+    inputs = (memory, attn.q_proj.a, loss.prefix.projection.a, loss.prefix.projection.base.bias)
+    by_graph, by_duals = (torch.autograd.grad(write(loss, memory, steps=2, lr=0.3, recompute=r).memory.sin().sum(),
+                                              inputs) for r in ("none", "step"))
+    torch.testing.assert_close(by_duals, by_graph, rtol=1e-9, atol=1e-11)
+
+
+def test_tables_made_inside_a_transform_do_not_outlive_it() -> None:
+    decoder = make(SHAPES[0])
+    torch.func.grad(lambda x: decoder(x).sum())(torch.randn(1, 4, 8, dtype=F64))
+    copy.deepcopy(decoder)
 
 
 @pytest.mark.parametrize(("changed", "message"), [
@@ -190,6 +225,7 @@ def test_bad_config(changed: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(("x", "message"), [
     (torch.zeros(2, 8, dtype=F64), r"inputs_embeds: expected shape \[B, S, D=8\], got \[2, 8\]"),
     (torch.zeros(2, 3, 8, dtype=torch.int64), "inputs_embeds: expected a dtype of"),
+    (torch.zeros(2, 3, 8), "inputs_embeds: expected the dtype of the decoder's weight, float64, got float32"),
 ])
 def test_bad_decoder_input(x: Tensor, message: str) -> None:
     with pytest.raises(ArgumentError, match=f"Decoder: {message}"):

@@ -221,6 +221,16 @@ def test_inference_tensors_as_memory() -> None:
     assert torch.equal(out.memory, write(case.ours(), case.memory, steps=1, lr=0.2).memory)
 
 
+def test_what_was_made_in_inference_mode_can_be_written() -> None:
+    case = Case()
+    expected = write(case.ours(), case.memory, steps=1, lr=0.2).memory
+    with torch.inference_mode():
+        labels, embeds, head = case.labels.clone(), case.table[case.tokens], case.head * 1.0
+        out = write(PrefixLoss(case.decoder, case.prefix, embeds, labels, head, head_bias=case.bias), case.memory,
+                    steps=1, lr=0.2)
+    assert torch.equal(out.memory, expected)
+
+
 @pytest.mark.parametrize("order", ["none", "first", "second"])
 def test_no_steps(order: str) -> None:
     loss = Quartic()
@@ -334,6 +344,54 @@ def test_third_derivative_raises(has_dual: bool) -> None:
     g, = torch.autograd.grad(out.memory.square().sum(), memory, create_graph=True)
     with pytest.raises(HigherOrderError, match="write"):
         torch.autograd.grad(g.sum(), memory)
+
+
+@pytest.mark.parametrize("recompute", ["none", "step"])
+def test_third_derivative_by_a_weight_is_not_dropped(recompute: str) -> None:
+    w = torch.randn(3, dtype=F64, requires_grad=True)
+    out = write(lambda m: (m * w).square().sum(1), torch.ones(2, 3, dtype=F64), steps=1, lr=0.1, recompute=recompute)
+    g, = torch.autograd.grad(out.losses.sum(), w, create_graph=True)
+    if recompute == "none":
+        agree(torch.autograd.grad(g.square().sum(), w), (32 * w,))
+    else:
+        with pytest.raises(HigherOrderError, match="write"):
+            torch.autograd.grad(g.square().sum(), w)
+
+
+@pytest.mark.parametrize("recompute", ["none", "step"])
+def test_a_loss_may_close_over_the_memory_itself(recompute: str) -> None:
+    m = torch.randn(2, 3, dtype=F64, requires_grad=True)
+    out = write(lambda x: (x * m + x.pow(3)).sum(1), m, steps=1, lr=0.1, recompute=recompute)
+    expected = m - 0.1 * (m + 3 * m.square())
+    agree((out.memory,), (expected,))
+    agree(torch.autograd.grad(out.memory.sin().sum(), m), torch.autograd.grad(expected.sin().sum(), m))
+    twice = write(lambda x, y: (x.square() * y).sum(1), (m, m), steps=1, lr=0.1, recompute=recompute).memory
+    agree(twice, (m - 0.1 * 2 * m.square(), m - 0.1 * m.square()))
+
+
+@pytest.mark.parametrize("recompute", ["none", "step", "layer"])
+def test_autocast_of_a_decoder(recompute: str) -> None:
+    case = Case()
+    for module in (case.decoder, case.prefix):
+        module.float()
+    table, memory = (t.detach().float().requires_grad_() for t in (case.table, case.memory))
+    inputs = (memory, table, *case.decoder.parameters())
+
+    def gradients(autocast: bool) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = write(PrefixLoss(case.decoder, case.prefix, table[case.tokens], case.labels, table), memory, steps=2,
+                        lr=0.05, recompute=recompute)
+        assert out.losses.dtype == out.memory.dtype == torch.float32
+        return torch.autograd.grad(out.memory.square().sum(), inputs)  # outside, as PyTorch advises
+
+    for low, exact in zip(gradients(True), gradients(False), strict=True):
+        assert relative(low, exact) < 0.15
+
+
+def test_inside_forward_mode_raises() -> None:
+    loss = Quartic()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ArgumentError, match="forward mode"):
+        write(loss, loss.memory[0], steps=1, lr=0.1)
 
 
 def test_inside_torch_func_raises() -> None:
