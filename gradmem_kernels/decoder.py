@@ -90,12 +90,13 @@ def linear_dual(linear: nn.Module, x: Tensor) -> Tensor:
 
     A module that wraps one (an adapter, say) is run as it is, and its value at 0 taken off the tangent.
     """
-    if not isinstance(linear, nn.Linear) or linear.__class__ is not nn.Linear:
+    if type(linear) is not nn.Linear:  # a subclass may compute something else
         offset = linear(torch.zeros_like(x[0]).narrow(-2, 0, 1))
         return linear(x) - torch.stack([torch.zeros_like(offset), offset])
-    if linear.bias is None:
+    bias = cast("Tensor | None", linear.bias)
+    if bias is None:
         return linear(x)
-    both = torch.stack([linear.bias, torch.zeros_like(linear.bias)])
+    both = torch.stack([bias, torch.zeros_like(bias)])
     return F.linear(x, linear.weight) + both.view(2, *(1,) * (x.dim() - 2), -1)
 
 

@@ -108,6 +108,8 @@ def write(
 ) -> None:
     """Write a context into a memory file."""
     loaded = Checkpoint.load(checkpoint)
+    if not output.parent.is_dir():
+        raise DataError(f"{output}: its directory does not exist")
     try:
         text = sys.stdin.read() if str(context) == "-" else context.read_text(encoding="utf-8")
     except UnicodeDecodeError as reason:
@@ -126,11 +128,16 @@ def read(
     memory: Annotated[Path, typer.Argument(help="memory file")],
     query: Annotated[list[str], typer.Option(help="what to ask, such as '?!ab:'; may be repeated")],
     max_new_tokens: Annotated[Optional[int], typer.Option(  # noqa: UP045
-        min=1, help="longest answer (default: as long as values are)")] = None,
+        min=1, help="longest answer in tokens (default: that of the task; needed after training on files)")] = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Answer queries from a memory file: one line each, the query, a tab and the answer."""
     loaded = Checkpoint.load(checkpoint)
+    if max_new_tokens is None:
+        if loaded.experiment.data.data is not None:
+            raise DataError("--max-new-tokens: expected the length of the longest answer, got none: the model was "
+                            "trained on files")
+        max_new_tokens = loaded.experiment.task.value_length + len(END)
     tokenizer, model = _tokenizer(loaded), loaded.model(_device(device))
     written = Memory.load(memory, model)
     if len(written) != 1:
@@ -143,7 +150,7 @@ def read(
     (end,) = tokenizer.encode("|")
     answers = model.generate(
         written, ids.to(model.memory_init.device), query_lengths=lengths.to(model.memory_init.device),
-        max_new_tokens=max_new_tokens or loaded.experiment.task.value_length + len(END), eos_token_id=end)
+        max_new_tokens=max_new_tokens, eos_token_id=end)
     for text, answer in zip(query, answers[0].tolist(), strict=True):
         typer.echo(f"{text}\t{tokenizer.decode(answer).split('|')[0].removesuffix('!')}")
 

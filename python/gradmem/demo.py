@@ -54,6 +54,7 @@ class Recipe:
     start_pairs: int = 2
     advance_at: float = 0.8
     stop_at: float = 0.95
+    log_every: int = 5
 
 
 def run_demo(console: Console, out: Path, seed: int, recipe: Recipe | None = None) -> bool:

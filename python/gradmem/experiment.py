@@ -13,6 +13,7 @@ from gradmem.config import Config, GradMemConfig, LMConfig, option
 from gradmem.lm import CausalLM
 from gradmem.model import GradMem
 from gradmem.tasks import JsonlTask, KVConfig, KVTask
+from gradmem_kernels.checks import ArgumentError
 
 __all__ = ["DataConfig", "Experiment", "TrainConfig"]
 
@@ -87,6 +88,10 @@ class Experiment:
         Raises:
             ArgumentError: for a value its option does not take.
         """
+        known = {f.name for config in _CONFIGS.values() for f in dataclasses.fields(config)}
+        for name in options:
+            if name not in known:
+                raise ArgumentError(f"Experiment: {name}: expected one of {', '.join(sorted(known))}")
         parts = {part.name: _CONFIGS[part.name].from_dict(
             {f.name: options[f.name] for f in dataclasses.fields(_CONFIGS[part.name]) if f.name in options})
             for part in dataclasses.fields(cls)}

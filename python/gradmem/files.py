@@ -57,7 +57,7 @@ def load_tensors(path: Path, kind: str, version: int,
         _check_safetensors(path, error)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            about = json.loads(metadata[_KEY]) if _KEY in metadata else {}
+            about = _description(metadata.get(_KEY, "{}"))
             if about.get("kind") != kind:
                 raise error(f"{path}: expected a {kind} file of gradmem, got "
                             f"{'a ' + about['kind'] + ' file' if 'kind' in about else 'safetensors of something else'}")
@@ -68,6 +68,15 @@ def load_tensors(path: Path, kind: str, version: int,
         raise error(f"{path}: not a valid safetensors file: {reason}") from reason
     except OSError as reason:
         raise error(f"{path}: cannot be read: {reason.strerror or reason}") from reason
+
+
+def _description(text: str) -> dict[str, Any]:
+    """The description in a file's metadata; empty if it is none of ours."""
+    try:
+        about = json.loads(text)
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _check_safetensors(path: Path, error: type[GradMemError]) -> None:

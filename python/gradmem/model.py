@@ -93,8 +93,8 @@ class GradMem(nn.Module):
             ArgumentError: for an argument of another type, shape, dtype or device, ids or labels out of range, an
                 empty context or query.
         """
-        check = self._check_context("GradMem", context_input_ids, context_lengths)
-        self._check_query(check, query_input_ids)
+        check = self._check_context("GradMem", "context_input_ids", context_input_ids, context_lengths)
+        self._check_query(check, "query_input_ids", query_input_ids)
         if labels is not None:
             check_labels(check, labels, query_input_ids, self.vocab_size)
         written = self._write(context_input_ids, context_lengths, self.config.steps)
@@ -119,7 +119,7 @@ class GradMem(nn.Module):
         Raises:
             ArgumentError: as :meth:`forward`.
         """
-        check = self._check_context("GradMem.write", context_ids, context_lengths)
+        check = self._check_context("GradMem.write", "context_ids", context_ids, context_lengths)
         steps = self.config.steps if steps is None else steps
         check_count(check, "steps", steps, 0)
         memory = self._write(context_ids, context_lengths, steps).memory
@@ -140,9 +140,10 @@ class GradMem(nn.Module):
         Raises:
             ArgumentError: for an argument of another type, shape, dtype or device, or ids out of range.
         """
-        self._check_query(self._check_memory("GradMem.read", memory), query_ids)
+        self._check_query(self._check_memory("GradMem.read", memory), "query_ids", query_ids)
         return self._logits(_tracked(memory.tensor), query_ids if next_token else query_ids[..., :-1])
 
+    @torch.no_grad()
     def generate(self, memory: Memory, query_ids: Tensor, *, max_new_tokens: int, query_lengths: Tensor | None = None,
                  eos_token_id: int | None = None) -> Tensor:
         """Greedy continuations of the queries, ``[N, max_new_tokens]`` (or ``[N, n, max_new_tokens]``) int64.
@@ -160,7 +161,7 @@ class GradMem(nn.Module):
             ArgumentError: for an argument of another type, shape, dtype or device, ids or lengths out of range.
         """
         check = self._check_memory("GradMem.generate", memory)
-        self._check_query(check, query_ids)
+        self._check_query(check, "query_ids", query_ids)
         check_count(check, "max_new_tokens", max_new_tokens, 1)
         if query_lengths is None:
             query_lengths = torch.full(query_ids.shape[:-1], query_ids.shape[-1], device=query_ids.device)
@@ -183,7 +184,8 @@ class GradMem(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every parameter that READ uses, dtype included, in hex.
 
-        It is computed again when a parameter has changed in place (by an optimizer, by loading) or was replaced.
+        It is computed again when a parameter has changed in place (by an optimizer, by loading) or was replaced; a
+        change through ``.data``, which autograd does not see either, goes unnoticed.
         """
         weights = list(self._read_weights())
         state = tuple((weight.data_ptr(), weight._version) for _, weight in weights)
@@ -228,7 +230,7 @@ class GradMem(nn.Module):
 
     def _logits(self, memory: Tensor, query_ids: Tensor) -> Tensor:
         """Logits of each query token and of the one after the last: ``[..., T + 1, V]`` for ``query_ids [..., T]``."""
-        prefix, embeds = self._prefix(memory), self.backbone.embed_tokens(query_ids)
+        prefix, embeds = self._prefix(memory), self.backbone.embed_tokens(_tracked(query_ids))
         if query_ids.ndim == 3:
             prefix = prefix.repeat_interleave(query_ids.shape[1], 0)
         rows = torch.cat([prefix, embeds.flatten(0, -3)], 1)
@@ -243,9 +245,9 @@ class GradMem(nn.Module):
             loss = loss + self.config.inner_loss_weight * inner_losses[-1].mean()
         return loss
 
-    def _check_context(self, op: str, ids: Tensor, lengths: Tensor | None) -> Checker:
+    def _check_context(self, op: str, name: str, ids: Tensor, lengths: Tensor | None) -> Checker:
         check = self._checker(op)
-        check_ids(check, "context_input_ids", ids, ("B", "S"), self.vocab_size)
+        check_ids(check, name, ids, ("B", "S"), self.vocab_size)
         if lengths is not None:
             check_lengths(check, "context_lengths", lengths, ("B",), ids.shape[1])
         return check
@@ -257,9 +259,9 @@ class GradMem(nn.Module):
         check.tensor("memory", memory.tensor, ("B", "m", "D"), dtypes=(memory.tensor.dtype,))
         return check
 
-    def _check_query(self, check: Checker, ids: Tensor) -> None:
+    def _check_query(self, check: Checker, name: str, ids: Tensor) -> None:
         several = isinstance(ids, Tensor) and ids.ndim == 3
-        check_ids(check, "query_input_ids", ids, ("B", "n", "T") if several else ("B", "T"), self.vocab_size)
+        check_ids(check, name, ids, ("B", "n", "T") if several else ("B", "T"), self.vocab_size)
 
     def _checker(self, op: str) -> Checker:
         check = Checker(op)

@@ -44,6 +44,8 @@ class KVConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.alphabet_size ** self.key_length >= 2**63:
+            self.fail("key_length", f"at most 63 bits of keys over {self.alphabet_size} characters", self.key_length)
         if self.pairs > self.alphabet_size ** self.key_length:
             self.fail("pairs", f"at most the {self.alphabet_size ** self.key_length} different keys", self.pairs)
         if self.segments > self.pairs + self.filler:
