@@ -278,6 +278,25 @@ def check_determinism(case: Case) -> None:
         assert torch.equal(one[name], two[name]), f"{name} differs between two equal calls"
 
 
+def check_autocast(case: Case) -> None:
+    """Autocast, on in the forward pass alone or in all of them, changes no bit: kernels keep their tensors' dtype."""
+    case = case.to(torch.float32)
+    a, u = case.cotangent(), _random_likes(case.inputs)
+    x_t = tuple(u[i] for i in case.active)
+
+    def results() -> dict[str, Tensor]:
+        return {**derivatives(case.run_op, case.inputs, a, u).named(),
+                **_dual_gradients(case.run_dual, case.inputs, x_t, (a, a))}
+
+    expected, x = results(), _leaves(case.inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, y = results(), case.run_op(*x)
+    for name, t in expected.items():
+        assert torch.equal(actual[name], t), f"{name} differs under autocast"
+    for i, g in enumerate(grad(y, x, a, materialize_grads=True)):
+        assert torch.equal(g, expected[f"gradient of input {i}"])
+
+
 def check_retained_graph(case: Case) -> None:
     """A backward pass leaves the graph as it was: run again, it gives the same bits."""
     x, a, u = _leaves(case.inputs), case.cotangent().requires_grad_(), _random_likes(case.inputs)
@@ -319,7 +338,8 @@ def check_no_graph(case: Case) -> None:
 
 
 CHECKS = (check_values, check_layouts, check_gradcheck, check_transforms, check_dual, check_dual_gradcheck,
-          check_last_derivative, check_needs, check_determinism, check_retained_graph, check_batch, check_no_graph)
+          check_last_derivative, check_needs, check_determinism, check_autocast, check_retained_graph, check_batch,
+          check_no_graph)
 
 
 #: Parametrises a test of :func:`check_precision`.

@@ -97,6 +97,14 @@ def test_other_formats_are_refused(tmp_path: Path, content: bytes) -> None:
         Memory.load(path)
 
 
+@pytest.mark.parametrize("description", ["no JSON", "[1]", "3"])
+def test_a_foreign_description_is_refused(tmp_path: Path, description: str) -> None:
+    path = tmp_path / "m"
+    safetensors.torch.save_file({"memory": torch.zeros(1, 2, 3)}, path, {"gradmem": description})
+    with pytest.raises(MemoryFileError, match="expected a memory file of gradmem, got safetensors of something else"):
+        Memory.load(path)
+
+
 def test_other_safetensors_files_are_refused(memory: Memory, tmp_path: Path) -> None:
     path = tmp_path / "m"
     safetensors.torch.save_file({"memory": torch.zeros(1, 2, 3)}, path)

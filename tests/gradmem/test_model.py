@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmem import GradMem, GradMemConfig, LMConfig
+from gradmem import Experiment, GradMem, GradMemConfig, LMConfig
 from gradmem_kernels import ArgumentError
 
 VOCAB = 20
@@ -256,6 +256,23 @@ BAD_CALLS = [
 
 def _narrow(memory):
     return type(memory)(memory.tensor[:, :-1], memory.provenance)
+
+
+def test_options_without_a_meaning_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="Experiment: memory_token: expected one of"):
+        Experiment.from_options({"memory_token": 3})
+    with pytest.raises(ArgumentError, match="key_length: expected at most 63 bits"):
+        Experiment.from_options({"key_length": 11})
+
+
+def test_everything_may_be_made_in_inference_mode(make_model: MakeModel) -> None:
+    model = make_model(memory_projection="shared")
+    with torch.inference_mode():
+        memory, query = model.write(ids(2, 6)), ids(2, 4).clone()
+    expected = model.write(ids(2, 6))
+    assert torch.equal(model.read(memory, query), model.read(expected, ids(2, 4)))
+    assert torch.equal(model.generate(memory, query, max_new_tokens=2),
+                       model.generate(expected, ids(2, 4), max_new_tokens=2))
 
 
 @pytest.mark.parametrize(("argument", "call"), BAD_CALLS)
