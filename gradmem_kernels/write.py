@@ -85,7 +85,7 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
 
     Raises:
         ArgumentError: for an argument that does not fit, a closed-over tensor that would miss its gradient, use inside
-            a ``torch.func`` transform.
+            a ``torch.func`` transform or forward mode.
         HigherOrderError: when the outer gradient is differentiated again with recomputation.
 
     Source: Kuratov et al., GradMem, arXiv 2603.13875; the second-order step on dual numbers in docs/write.md.
