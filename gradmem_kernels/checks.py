@@ -103,6 +103,14 @@ class Checker:
             bound = f" >= {minimum:g}" if minimum > -math.inf else f" > {above:g}" if above > -math.inf else ""
             self.fail(argument, f"a finite number{bound}", value)
 
+    def integer(self, argument: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
+        """Checks a Python integer of ``minimum..maximum``."""
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.fail(argument, "an integer", type(value).__name__)
+        if value < minimum or (maximum is not None and value > maximum):
+            self.fail(argument, f"an integer {f'>= {minimum}' if maximum is None else f'in {minimum}..{maximum}'}",
+                      value)
+
     def boolean(self, argument: str, value: Any) -> None:
         if not isinstance(value, bool):
             self.fail(argument, "True or False", value)

@@ -22,7 +22,7 @@ from second_order import (
 
 from gradmem_kernels import backend as backends
 from gradmem_kernels.attention import attention, attention_dual
-from gradmem_kernels.reference import attention as reference
+from gradmem_kernels.reference import visible
 
 OP = "attention"
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -86,7 +86,7 @@ def test_empty(options, backend):
 @pytest.mark.parametrize("at_a_time", [1, 2])
 def test_samples_at_a_time(at_a_time, monkeypatch):
     """However many samples the reference kernels work on at once, the results are the same."""
-    monkeypatch.setattr(reference, "SCORES", {"cpu": at_a_time * 2 * 4 * 4})
+    monkeypatch.setattr(visible, "SCORES", {"cpu": at_a_time * 2 * 4 * 4})
     split = case("reference", batch=3, heads=(2, 1), lengths=(4, 4), causal=True, seqlens=(4, 1, 2))
     for check in (check_values, check_dual, check_needs):
         check(split)
@@ -166,7 +166,8 @@ def test_saved_rows(dtype, backend):
     narrow = case(backend, heads=(2, 1), lengths=(4, 2), d=2).to(dtype)
     q, k, v = narrow.inputs
     kernels = backends.select(OP, backend)
-    _, (lse, *_) = kernels.forward((q, k, v), (None,), causal=True, scale=0.5)
+    _, (lse, *_) = kernels.forward((q, k, v), (None,) * 5, causal=True, scale=0.5, window=None, softcap=None,
+                                    dropout=0.0, seed=0, grad_rows=None, tangent_rows=None)
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     scores = 0.5 * q.double() @ k.double().mT
     expected = torch.stack((torch.full((1, 2), torch.inf), torch.full((1, 2), torch.inf), scores[:, :, 2, 0],

@@ -8,91 +8,119 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradmem_kernels.reference.common import add, cast, is_wrapped, mul_, sub_, wide
-
-#: Rows of a block, and elements of its score matrices: on a CPU, what stays in its cache.
-ROWS = {"cpu": 64}
-SCORES = {"cpu": 2**20}
-ROWS_ELSEWHERE, SCORES_ELSEWHERE = 1024, 2**28
+from gradmem_kernels.reference.common import add, add_, cast, is_wrapped, mul_, sub_, wide
+from gradmem_kernels.reference.visible import Block, Rows, Scores, Settings, cut, scores_of
 
 
-def forward(x, aux, *, causal, scale):
-    o, lse = _blocks(partial(_forward, scale), "qkk", "qc", x, aux, causal)
+def forward(x, aux, **options):
+    o, lse = _blocks(_forward, "qkk", "qc", x, Settings(*aux, **options))
     return (cast(o, x[0]),), (lse,)
 
 
-def backward(x, aux, y, saved, y_bar, needs, *, causal, scale):
-    out = _blocks(partial(_backward, scale, needs), "qkkqcq", "qkk", (*x, *y, *saved, *y_bar), aux, causal)
-    return _select(x, out, needs)
+def backward(x, aux, y, saved, y_bar, needs, **options):
+    settings = Settings(*aux, **options)
+    rows = settings.grad_rows
+    out = _blocks(partial(_backward, needs), "qkkqcq", "qkk", (*x, *y, *saved, *y_bar), settings, rows)
+    return _select(x, out, needs, rows)
 
 
-def dual_forward(x, aux, x_t, *, causal, scale):
-    o, o_t, lse, mu = _blocks(partial(_dual_forward, scale), "qkkqkk", "qqcc", (*x, *x_t), aux, causal)
+def dual_forward(x, aux, x_t, **options):
+    settings = Settings(*aux, **options)
+    rows = settings.tangent_rows
+    if rows is None:
+        o, o_t, lse, mu = _blocks(_dual_forward, "qkkqkk", "qqcc", (*x, *x_t), settings)
+    else:
+        o, lse = _blocks(_forward, "qkk", "qc", x, settings)
+        tensors = (*x, *(_only(t, rows) for t in x_t), o, lse)
+        o_t, mu = _blocks(_tangent_forward, "qkkqkkqc", "qc", tensors, settings, rows)
     return (cast(o, x[0]),), (cast(o_t, x[0]),), (lse, mu)
 
 
-def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, causal, scale):
-    tensors = (*x, *x_t, *y, *y_t, *saved, *y_bar, *y_t_bar)
-    out = _blocks(partial(_dual_backward, scale, needs, needs_t), "qkkqkkqqccqq", "qkkqkk", tensors, aux, causal)
-    return _select(x, out[:3], needs), _select(x, out[3:], needs_t)
+def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, **options):
+    settings = Settings(*aux, **options)
+    grad_rows, tangent_rows = settings.grad_rows, settings.tangent_rows
+    touched = _hull(*(rows for rows, some in ((grad_rows, needs), (tangent_rows, needs_t)) if any(some)))
+    tensors = (*x, *(_only(t, tangent_rows) for t in x_t), *y, *y_t, *saved, *y_bar, *y_t_bar)
+    out = _blocks(partial(_dual_backward, needs, needs_t), "qkkqkkqqccqq", "qkkqkk", tensors, settings, touched)
+    return _select(x, out[:3], needs, grad_rows), _select(x, out[3:], needs_t, tangent_rows)
 
 
-def double_backward(x, aux, x_t, y, saved, y_bar, needs, *, causal, scale):
-    tensors = (*x, *x_t, *y, *saved, *y_bar)
-    *x_bar, o_t = _blocks(partial(_double_backward, scale, needs), "qkkqkkqcq", "qkkq", tensors, aux, causal)
-    return _select(x, x_bar, needs), (cast(o_t, x[0]),)
+def double_backward(x, aux, x_t, y, saved, y_bar, needs, **options):
+    settings = Settings(*aux, **options)
+    grad_rows, tangent_rows = settings.grad_rows, settings.tangent_rows
+    tensors = (*x, *(_only(t, tangent_rows) for t in x_t), *y, *saved, *y_bar)
+    *x_bar, o_t = _blocks(partial(_double_backward, needs), "qkkqkkqcq", "qkkq", tensors, settings,
+                          _hull(grad_rows, tangent_rows))
+    return _select(x, x_bar, needs, grad_rows), (cast(o_t, x[0]),)
 
 
-def _forward(scale, hidden, q, k, v):
-    p, row_max, row_sum = _unnormalised(_scores(hidden, q, k, scale))
-    return (p @ v) / row_sum, row_max + row_sum.log()
+def _forward(scores, q, k, v):
+    p, row_max, row_sum = _unnormalised(_scores(scores, q, k)[0])
+    return (_drop(scores, p) @ v) / row_sum, row_max + row_sum.log()
 
 
-def _backward(scale, needs, hidden, q, k, v, o, lse, do):
-    p = _probabilities(hidden, q, k, lse, scale)
-    dv = p.mT @ do if needs[2] else None
-    ds = mul_(sub_(do @ v.mT, _row_dot(do, o)), p) if needs[0] or needs[1] else None
-    dq = _product(ds, k, scale) if needs[0] else None
-    dk = _product(_mT(ds), q, scale) if needs[1] else None
+def _backward(needs, scores, q, k, v, o, lse, do):
+    p, u = _probabilities(scores, q, k, lse)
+    dv = _drop(scores, p).mT @ do if needs[2] else None
+    ds = None
+    if needs[0] or needs[1]:
+        # dS = P * (dP - D) as for S, then for scale * q k^T
+        ds, _ = _uncap(scores, u, None, mul_(sub_(_drop(scores, do @ v.mT), _row_dot(do, o)), p), None)
+    dq = _product(ds, k, scores.scale) if needs[0] else None
+    dk = _product(_mT(ds), q, scores.scale) if needs[1] else None
     return dq, dk, dv
 
 
-def _dual_forward(scale, hidden, q, k, v, q_t, k_t, v_t):
-    p, row_max, row_sum = _unnormalised(_scores(hidden, q, k, scale))
-    o = (p @ v) / row_sum
-    mu, o_t = _tangent(p, _scores_t(q, k, q_t, k_t, scale), v, v_t, o, row_sum)
+def _dual_forward(scores, q, k, v, q_t, k_t, v_t):
+    s, u = _scores(scores, q, k)
+    p, row_max, row_sum = _unnormalised(s)
+    o = (_drop(scores, p) @ v) / row_sum
+    mu, o_t = _tangent(scores, p, _scores_t(scores, u, q, k, q_t, k_t), v, v_t, o, row_sum)
     return o, o_t, row_max + row_sum.log(), torch.zeros_like(row_sum) if mu is None else mu
 
 
-def _dual_backward(scale, needs, needs_t, hidden, q, k, v, q_t, k_t, v_t, o, o_t, lse, mu, a, b):
+def _tangent_forward(scores, q, k, v, q_t, k_t, v_t, o, lse):
+    p, u = _probabilities(scores, q, k, lse)
+    mu, o_t = _tangent(scores, p, _scores_t(scores, u, q, k, q_t, k_t), v, v_t, o, None)
+    return o_t, torch.zeros_like(lse) if mu is None else mu
+
+
+def _dual_backward(needs, needs_t, scores, q, k, v, q_t, k_t, v_t, o, o_t, lse, mu, a, b):
     # a, b: cotangents of o, o_t
-    p = _probabilities(hidden, q, k, lse, scale)
-    # P_t = P * (S_t - mu)
-    s_t = _scores_t(q, k, q_t, k_t, scale) if any(needs) else None
-    p_t = None if s_t is None else mul_(sub_(s_t, mu), p)
-    ds, ds_t = _d_scores(p, p_t, v, v_t, o, o_t, a, b, needs, needs_t)
-    return (*_d_primals(p, p_t, ds, ds_t, q, k, q_t, k_t, a, b, scale, needs),
-            *_d_tangents(p, ds, q, k, b, scale, needs_t))
+    p, u = _probabilities(scores, q, k, lse)
+    s_t = _scores_t(scores, u, q, k, q_t, k_t) if any(needs) else None
+    p_t = _probabilities_t(p, u, s_t, mu)
+    ds, ds_t = _d_scores(scores, p, p_t, v, v_t, o, o_t, a, b, needs, needs_t)
+    ds, ds_t = _uncap(scores, u, s_t, ds, ds_t)
+    return (*_d_primals(scores, p, p_t, ds, ds_t, q, k, q_t, k_t, a, b, needs),
+            *_d_tangents(scores, p, ds, q, k, b, needs_t))
 
 
-def _double_backward(scale, needs, hidden, q, k, v, q_t, k_t, v_t, o, lse, b):
-    p = _probabilities(hidden, q, k, lse, scale)
-    s_t = _scores_t(q, k, q_t, k_t, scale)
-    mu, o_t = _tangent(p, s_t.clone() if any(needs) and s_t is not None else s_t, v, v_t, o, None)
-    p_t = None if s_t is None or not any(needs) else mul_(sub_(s_t, mu), p)
-    ds, ds_t = _d_scores(p, p_t, v, v_t, o, o_t, None, b, needs, (False,) * 3)
-    return (*_d_primals(p, p_t, ds, ds_t, q, k, q_t, k_t, None, b, scale, needs), o_t)
+def _double_backward(needs, scores, q, k, v, q_t, k_t, v_t, o, lse, b):
+    p, u = _probabilities(scores, q, k, lse)
+    s_t = _scores_t(scores, u, q, k, q_t, k_t)
+    mu, o_t = _tangent(scores, p, s_t.clone() if any(needs) and s_t is not None else s_t, v, v_t, o, None)
+    if not any(needs):
+        return None, None, None, o_t
+    p_t = _probabilities_t(p, u, s_t, mu)
+    ds, ds_t = _d_scores(scores, p, p_t, v, v_t, o, o_t, None, b, needs, (False,) * 3)
+    ds, ds_t = _uncap(scores, u, s_t, ds, ds_t)
+    return (*_d_primals(scores, p, p_t, ds, ds_t, q, k, q_t, k_t, None, b, needs), o_t)
 
 
-def _scores(hidden: Tensor | None, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale * q k^T, less infinity where a key is hidden."""
-    # on a CPU one call, faster than filling in
-    return (q @ k.mT).mul_(scale) if hidden is None else torch.baddbmm(hidden, q, k.mT, alpha=scale)
+def _scores(scores: Scores, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+    """S, and where it is capped u = tanh(scale * q k^T / c)."""
+    c, added = scores.softcap, scores.added
+    if c is None:
+        # on a CPU one call, faster than adding
+        s = (q @ k.mT).mul_(scores.scale) if added is None else torch.baddbmm(added, q, k.mT, alpha=scores.scale)
+        return s, None
+    u = (q @ k.mT).mul_(scores.scale / c).tanh_()
+    return add_(u * c, added), u
 
 
 def _unnormalised(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,55 +132,84 @@ def _unnormalised(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return p, row_max, row_sum.masked_fill(row_sum == 0, torch.inf)
 
 
-def _probabilities(hidden: Tensor | None, q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
-    return sub_(_scores(hidden, q, k, scale), lse).exp_()
+def _probabilities(scores: Scores, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor | None]:
+    """P and u."""
+    s, u = _scores(scores, q, k)
+    return sub_(s, lse).exp_(), u
 
 
-def _scores_t(q: Tensor, k: Tensor, q_t: Tensor | None, k_t: Tensor | None, scale: float) -> Tensor | None:
-    """S_t = scale * (q_t k^T + q k_t^T)."""
-    return _products((None if q_t is None else q_t * scale, _mT(k)), (q * scale, _mT(k_t)))
+def _scores_t(scores: Scores, u: Tensor | None, q: Tensor, k: Tensor, q_t: Tensor | None,
+              k_t: Tensor | None) -> Tensor | None:
+    """S_t = scale * (q_t k^T + q k_t^T), times 1 - u^2 where S is capped."""
+    s_t = _products((None if q_t is None else q_t * scores.scale, _mT(k)), (q * scores.scale, _mT(k_t)))
+    return s_t if u is None or s_t is None else mul_(s_t, 1 - u * u)
 
 
-def _tangent(p: Tensor, s_t: Tensor | None, v: Tensor, v_t: Tensor | None, o: Tensor,
+def _probabilities_t(p: Tensor, u: Tensor | None, s_t: Tensor | None, mu: Tensor) -> Tensor | None:
+    """P_t = P * (S_t - mu). Writes over ``s_t`` unless :func:`_uncap` reads it."""
+    return None if s_t is None else mul_(sub_(s_t, mu) if u is None else s_t - mu, p)
+
+
+def _uncap(scores: Scores, u: Tensor | None, s_t: Tensor | None, ds: Tensor | None,
+           ds_t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The cotangents of scale * q k^T and of its tangent, from those of S and S_t: one for both unless S is capped."""
+    if u is None:
+        return ds, ds_t
+    slope = 1 - u * u
+    # slope * dS_t - 2 u / c * S_t * dS
+    ds_t = None if ds_t is None else ds_t * slope
+    if s_t is not None and ds is not None:
+        ds_t = add(ds_t, u * s_t * ds * (-2 / scores.softcap))
+    return None if ds is None else ds * slope, ds_t
+
+
+def _drop(scores: Scores, t: Tensor | None) -> Tensor | None:
+    """Z * t."""
+    return t if t is None or scores.factors is None else t * scores.factors
+
+
+def _tangent(scores: Scores, p: Tensor, s_t: Tensor | None, v: Tensor, v_t: Tensor | None, o: Tensor,
              row_sum: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """mu = rowsum(P * S_t) and o_t = (P * S_t) v - mu * o + P v_t; P = p / row_sum. Writes over ``s_t``."""
+    """mu = rowsum(P * S_t) and o_t = (Z * P * S_t) v - mu * o + (Z * P) v_t; P = p / row_sum. Writes over ``s_t``."""
     ps_t = None if s_t is None else mul_(s_t, p)
     mu = None if s_t is None else ps_t.sum(-1, keepdim=True)
-    o_t = _products((ps_t, v), (p, v_t))
+    o_t = _products((_drop(scores, ps_t), v), (_drop(scores, p), v_t))
     if row_sum is not None:
         mu, o_t = None if mu is None else mu / row_sum, o_t / row_sum
     return mu, o_t if mu is None else sub_(o_t, mu * o)
 
 
-def _d_scores(p, p_t, v, v_t, o, o_t, a, b, needs, needs_t) -> tuple[Tensor | None, Tensor | None]:
+def _d_scores(scores, p, p_t, v, v_t, o, o_t, a, b, needs, needs_t) -> tuple[Tensor | None, Tensor | None]:
     """dS = P * (dP - D) and dS_t = P_t * (dP - D) + P * (dP_t - D_t)."""
     ds = ds_t = None
     if any(needs[:2]):
-        # dP_t = a v^T + b v_t^T,  D_t = rowsum(a * o + b * o_t)
-        dp_t = _products((a, v.mT), (b, _mT(v_t)))
+        # dP_t = Z * (a v^T + b v_t^T),  D_t = rowsum(a * o + b * o_t)
+        dp_t = _drop(scores, _products((a, v.mT), (b, _mT(v_t))))
         d_t = add(None if a is None else _row_dot(a, o), None if b is None else _row_dot(b, o_t))
         if d_t is not None:
             ds_t = -(p * d_t) if dp_t is None else mul_(sub_(dp_t, d_t), p)
     if b is not None and any((*needs[:2], *needs_t[:2])):
-        # dP - D, with dP = b v^T, D = rowsum(b * o)
-        dp = sub_(b @ v.mT, _row_dot(b, o))
+        # dP - D, with dP = Z * (b v^T), D = rowsum(b * o)
+        dp = sub_(_drop(scores, b @ v.mT), _row_dot(b, o))
         if ds_t is not None and p_t is not None:
             ds_t = ds_t + p_t * dp if is_wrapped(dp) or is_wrapped(p_t) else ds_t.addcmul_(p_t, dp)
         ds = mul_(dp, p)
     return ds, ds_t
 
 
-def _d_primals(p, p_t, ds, ds_t, q, k, q_t, k_t, a, b, scale, needs):
+def _d_primals(scores, p, p_t, ds, ds_t, q, k, q_t, k_t, a, b, needs):
     dq = _products((ds_t, k), (ds, k_t)) if needs[0] else None
     dk = _products((_mT(ds_t), q), (_mT(ds), q_t)) if needs[1] else None
-    dv = _products((_mT(p_t), b), (p.mT, a)) if needs[2] else None
-    return None if dq is None else dq.mul_(scale), None if dk is None else dk.mul_(scale), dv
+    # (Z * P_t)^T b + (Z * P)^T a
+    dv = _products((_mT(_drop(scores, p_t)), b), (_drop(scores, p).mT, a)) if needs[2] else None
+    return None if dq is None else dq.mul_(scores.scale), None if dk is None else dk.mul_(scores.scale), dv
 
 
-def _d_tangents(p, ds, q, k, b, scale, needs_t):
+def _d_tangents(scores, p, ds, q, k, b, needs_t):
     """An ordinary backward with b in the place of do."""
-    return (_product(ds, k, scale) if needs_t[0] else None, _product(_mT(ds), q, scale) if needs_t[1] else None,
-            None if b is None or not needs_t[2] else p.mT @ b)
+    return (_product(ds, k, scores.scale) if needs_t[0] else None,
+            _product(_mT(ds), q, scores.scale) if needs_t[1] else None,
+            None if b is None or not needs_t[2] else _drop(scores, p).mT @ b)
 
 
 def _products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
@@ -176,65 +233,43 @@ def _mT(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.mT
 
 
-class _Block(NamedTuple):
-    """Some samples, some of their rows, and the number of keys that these may see."""
-
-    samples: slice
-    rows: slice
-    keys: int
-
-
 def _blocks(kernel: Callable[..., tuple[Tensor | None, ...]], kinds: str, out_kinds: str,
-            tensors: tuple[Tensor | None, ...], aux: tuple[Tensor | None], causal: bool) -> tuple[Tensor | None, ...]:
-    """Runs ``kernel(hidden, *tensors)`` block by block and puts its results together.
+            tensors: tuple[Tensor | None, ...], settings: Settings, touched: Rows = None) -> tuple[Tensor | None, ...]:
+    """Runs ``kernel(scores, *tensors)`` block by block and puts its results together.
 
     ``kinds`` has a letter for each tensor: ``q`` for ``[B, Hq, Sq, d]``, ``c`` for ``[B, Hq, Sq]``, ``k`` for
-    ``[B, Hkv, Sk, d]``.
+    ``[B, Hkv, Sk, d]``. Results are asked for ``touched`` rows and keys alone, where given.
     """
-    (q, k), (seqlens,) = tensors[:2], aux
+    q, k = tensors[:2]
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    blocks = [_Block(slice(0, q.shape[0]), slice(0, q.shape[2]), k.shape[2])]
-    if not any(t is not None and is_wrapped(t) for t in (*tensors, seqlens)):
-        blocks = _cut(q, k, causal) or blocks
-    out: list[Tensor | None] = []
+    whole = Block(slice(0, q.shape[0]), slice(0, q.shape[2]), slice(0, k.shape[2]))
+    blocks = [whole]
+    if not any(t is not None and is_wrapped(t) for t in (*tensors, *settings[:5])):
+        blocks = cut(q, k, settings, touched) or blocks
+    out: list[Tensor | None] = [None] * len(out_kinds)
     for block in blocks:
-        hidden = _hidden(block, q, k, seqlens, causal)
-        parts = kernel(hidden, *(_fold(t, kind, block, kv_heads, group)
-                                 for t, kind in zip(tensors, kinds, strict=True)))
+        parts = kernel(scores_of(block, q, k, settings), *(_fold(t, kind, block, kv_heads, group)
+                                                           for t, kind in zip(tensors, kinds, strict=True)))
         results = tuple(_unfold(t, kind, block, k if kind == "k" else q)
                         for t, kind in zip(parts, out_kinds, strict=True))
-        if len(blocks) == 1:
+        if blocks == [whole]:
             return results
-        out = out or [_whole(t, kind, q, k) for t, kind in zip(results, out_kinds, strict=True)]
-        for total, t, kind in zip(out, results, out_kinds, strict=True):
+        for n, (t, kind) in enumerate(zip(results, out_kinds, strict=True)):
             if t is None:
                 continue
-            if kind != "k":
-                total[block.samples, :, block.rows] = t
-            elif block.rows.stop == q.shape[2]:  # the first block of these samples, which sees every key
-                total[block.samples] = t
+            if out[n] is None:
+                out[n] = t.new_zeros(*(k if kind == "k" else q).shape[:3], *t.shape[3:])
+            if kind == "k":
+                out[n][block.samples, :, block.keys] += t
             else:
-                total[block.samples, :, : block.keys] += t
+                out[n][block.samples, :, block.rows] = t
     return tuple(out)
 
 
-def _cut(q: Tensor, k: Tensor, causal: bool) -> list[_Block]:
-    """The last rows, which see most keys, come first."""
-    (batch, heads, rows, _), keys, device = q.shape, k.shape[2], q.device.type
-    size = -(-rows // max(1, -(-rows // ROWS.get(device, ROWS_ELSEWHERE))))
-    blocks = []
-    for last in range(rows, 0, -max(1, size)):
-        seen = min(keys, max(1, last + keys - rows)) if causal else keys
-        samples = max(1, SCORES.get(device, SCORES_ELSEWHERE) // max(1, heads * size * seen))
-        blocks += [_Block(slice(i, min(i + samples, batch)), slice(max(0, last - size), last), seen)
-                   for i in range(0, batch, samples)]
-    return blocks
-
-
-def _fold(t: Tensor | None, kind: str, block: _Block, kv_heads: int, group: int) -> Tensor | None:
+def _fold(t: Tensor | None, kind: str, block: Block, kv_heads: int, group: int) -> Tensor | None:
     if t is None:
         return None
-    samples, rows = block.samples, slice(0, block.keys) if kind == "k" else block.rows
+    samples, rows = block.samples, block.keys if kind == "k" else block.rows
     # not t[samples, :, rows], which under vmap is refused where it selects everything
     t = t.narrow(0, samples.start, samples.stop - samples.start).narrow(2, rows.start, rows.stop - rows.start)
     if kind == "c":
@@ -243,39 +278,27 @@ def _fold(t: Tensor | None, kind: str, block: _Block, kv_heads: int, group: int)
     return wide(t.reshape(batch * kv_heads, length if kind == "k" else group * length, width))
 
 
-def _unfold(t: Tensor | None, kind: str, block: _Block, like: Tensor) -> Tensor | None:
+def _unfold(t: Tensor | None, kind: str, block: Block, like: Tensor) -> Tensor | None:
     if t is None:
         return None
-    samples, rows = (s.stop - s.start for s in (block.samples, block.rows))
-    t = t.reshape(samples, like.shape[1], block.keys if kind == "k" else rows, t.shape[-1])
+    samples, rows = (s.stop - s.start for s in (block.samples, block.keys if kind == "k" else block.rows))
+    t = t.reshape(samples, like.shape[1], rows, t.shape[-1])
     return t.squeeze(-1) if kind == "c" else t
 
 
-def _whole(t: Tensor | None, kind: str, q: Tensor, k: Tensor) -> Tensor | None:
-    return None if t is None else t.new_empty(*(k if kind == "k" else q).shape[:3], *t.shape[3:])
-
-
-def _hidden(block: _Block, q: Tensor, k: Tensor, seqlens: Tensor | None, causal: bool) -> Tensor | None:
-    """0, or less infinity where a key is hidden from a query; broadcastable to the block's scores."""
-    if not causal and seqlens is None:
-        return None
-    rows, keys, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    i = torch.arange(block.rows.start, block.rows.stop, device=q.device).unsqueeze(-1)
-    j = torch.arange(block.keys, device=q.device)
-    hidden = j > i + (keys - rows) if causal else None
-    if seqlens is not None:
-        valid = seqlens.narrow(0, block.samples.start, block.samples.stop - block.samples.start).view(-1, 1, 1)
-        padding = (j >= valid).expand(-1, i.shape[0], -1)
-        if rows == keys:
-            padding = padding | (i >= valid)
-        hidden = padding if hidden is None else hidden | padding
-        # [n, rows, keys] -> [n * Hkv, rows, keys]
-        hidden = hidden.repeat_interleave(k.shape[1], 0)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=q.device).masked_fill(hidden, -torch.inf)
-    return bias if group == 1 else bias.repeat(*(1,) * (bias.dim() - 2), group, 1)
-
-
-def _select(x, x_bar, needs):
+def _select(x, x_bar, needs, rows):
     """The cotangents that are needed, in the dtypes of ``x``; a known zero as zeros."""
-    return tuple(cast(g, t) if need else None for t, g, need in zip(x, x_bar, needs, strict=True))
+    return tuple(_only(cast(g, t), rows) if need else None for t, g, need in zip(x, x_bar, needs, strict=True))
+
+
+def _only(t: Tensor | None, rows: Rows) -> Tensor | None:
+    """``t`` in these rows, 0 in the others."""
+    if t is None or rows is None:
+        return t
+    i = torch.arange(t.shape[2], device=t.device).unsqueeze(-1)
+    return t.masked_fill((i < rows[0]) | (i >= rows[1]), 0.0)
+
+
+def _hull(*ranges: Rows) -> Rows:
+    """The smallest range that holds these; ``None`` is everything."""
+    return None if None in ranges else (min(start for start, _ in ranges), max(stop for _, stop in ranges))
