@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from transformers import masking_utils  # noqa: E402
 
-from gradmem_kernels import ArgumentError, attention  # noqa: E402
+from gradmem_kernels import ArgumentError, attention, write  # noqa: E402
 from gradmem_kernels.integrations import transformers as integration  # noqa: E402
 from gradmem_kernels.integrations.transformers import KeyMask, attend, make_mask, register  # noqa: E402
 
@@ -100,7 +100,7 @@ def derivatives(model, name, valid=None, order=2, batch=B, **inputs):
     return [torch.zeros(()) if t is None else t.detach() for t in found]
 
 
-def assert_same(found, expected, rtol=1e-8):
+def assert_same(found, expected, rtol=1e-9):
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -153,6 +153,28 @@ def test_bidirectional_decoder(pattern):
     inputs, valid = patterns()[pattern]
     model = build("llama", is_causal=False)
     assert_same(derivatives(model, "gradmem", valid, **inputs), derivatives(model, "eager", valid, **inputs))
+
+
+@pytest.mark.parametrize("recompute", ["none", "step"])
+def test_write_through_a_model(recompute):
+    model, mask = build("llama"), RIGHT.flip(1)
+    context = model.get_input_embeddings()(random_ids()).detach()
+    memory = context[:, :3].clone().requires_grad_()
+    wanted = [memory, *model.model.layers.parameters()]
+
+    def inner_loss(memory):
+        with Double():
+            embeds = torch.cat([memory, context[:, 3:]], dim=1)
+            logits = model(inputs_embeds=embeds, use_cache=False, attention_mask=mask.long()).logits
+        return torch.where(mask[..., None], logits.cos(), 0).sum((1, 2))
+
+    use(model, "gradmem")
+    found = write(inner_loss, memory, steps=2, lr=0.01, recompute=recompute).memory
+    use(model, "eager")
+    expected = memory
+    for _ in range(2):
+        expected = expected - 0.01 * grad(inner_loss(expected).sum(), expected, create_graph=True)[0]
+    assert_same(grad(found.square().sum(), wanted), grad(expected.square().sum(), wanted))
 
 
 def test_only_what_must_be_is_a_matrix(calls):
@@ -303,6 +325,18 @@ def test_autocast():
     for ours, theirs in zip(run("gradmem"), run("eager"), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() < 0.1 * theirs.norm()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("said_by", ["keyword", "module", "nobody"])
+def test_without_a_mask(said_by, causal):
+    q, k, v = (torch.randn(B, 2, S, 4, dtype=torch.float64) for _ in range(3))
+    module = torch.nn.Module()
+    if said_by != "nobody":
+        module.is_causal = causal if said_by == "module" else not causal
+    found, probabilities = attend(module, q, k, v, None, **({"is_causal": causal} if said_by == "keyword" else {}))
+    torch.testing.assert_close(found, attention(q, k, v, causal=causal or said_by == "nobody").transpose(1, 2))
+    assert probabilities is None
 
 
 def test_masks_made():
