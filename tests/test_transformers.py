@@ -207,6 +207,15 @@ def test_packed_by_lengths(calls):
         assert_same(alone, expected)
 
 
+def test_packed_queries_and_keys_of_different_lengths():
+    q, k, v = (torch.randn(1, 2, length, 4, dtype=torch.float64) for length in (5, S, S))
+    bounds, key_bounds = (torch.tensor(b, dtype=torch.int32) for b in ([0, 2, 5], [0, 7, S]))
+    found, _ = attend(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds, cu_seq_lens_k=key_bounds)
+    parts = [attention(q[:, :, :2], k[:, :, :7], v[:, :, :7], causal=True),
+             attention(q[:, :, 2:], k[:, :, 7:], v[:, :, 7:], causal=True)]
+    torch.testing.assert_close(found, torch.cat(parts, dim=2).transpose(1, 2))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sliding_cache", [False, True])
@@ -359,6 +368,8 @@ def test_masks_made():
     found = made(2, 5, attention_mask=RIGHT, q_offset=S - 2, kv_offset=S - 5, **sliding)
     assert torch.equal(found.keys, RIGHT[:, -5:])
     assert found.window == WINDOW
+    short = made(S, S, attention_mask=RIGHT[:, :8])  # what a mask is too short for is hidden, as in transformers
+    assert torch.equal(short.keys, RIGHT & (torch.arange(S) < 8))
     whole = made(S, S, allow_is_causal_skip=False)
     assert torch.equal(whole, torch.ones(S, S, dtype=torch.bool).tril().expand(B, 1, S, S))
     for q_offset, k in ((0, S), (torch.tensor(S - 3), S), (2, S)):  # static caches, prefixes
