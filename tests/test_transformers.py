@@ -348,6 +348,12 @@ def test_without_a_mask(said_by, causal):
     assert probabilities is None
 
 
+def test_autocast_leaves_float64():
+    q, k, v = (torch.randn(B, 2, S, 4, dtype=torch.float64) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(torch.nn.Module(), q, k, v, None)[0].dtype == torch.float64
+
+
 def test_masks_made():
     config = SimpleNamespace(sliding_window=WINDOW, attention_chunk_size=None)
     causal = masking_utils.causal_mask_function
@@ -374,6 +380,12 @@ def test_masks_made():
     assert torch.equal(whole, torch.ones(S, S, dtype=torch.bool).tril().expand(B, 1, S, S))
     for q_offset, k in ((0, S), (torch.tensor(S - 3), S), (2, S)):  # static caches, prefixes
         assert torch.equal(made(3, k, q_offset=q_offset), made(3, k, q_offset=q_offset, allow_is_causal_skip=False))
+    assert made(S, S, lambda b, h, q, k: k >= 0).shape == (B, 1, S, S)
+    both_ways = {"function": masking_utils.bidirectional_mask_function, "allow_is_causal_skip": False}
+    assert torch.equal(made(S, S, **both_ways, allow_is_bidirectional_skip=True), torch.ones(1, 1, 1, S).bool())
+    assert torch.equal(made(S, S, **both_ways, allow_is_bidirectional_skip=True, attention_mask=keys),
+                       keys[:, None, None, :])
+    assert made(S, S, **both_ways, attention_mask=keys).shape == (B, 1, S, S)
     chunks = masking_utils.chunked_causal_mask_function(WINDOW, torch.zeros(B, dtype=torch.long))
     config = SimpleNamespace(sliding_window=WINDOW, attention_chunk_size=WINDOW)
     assert made(S, S, chunks, local_size=WINDOW).shape == (B, 1, S, S)
