@@ -1,0 +1,72 @@
+"""Tiles, warps and stages of the attention kernels: one shipped configuration for each kernel, dtype class, class of
+head dimensions and architecture, with the device and date it was measured on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["CONFIGS", "HEAD_DIMS", "KERNELS", "Config", "Key", "choose", "override"]
+
+#: The largest head dimension of each class; each is padded to a power of two.
+HEAD_DIMS = (32, 64, 128, 256)
+KERNELS = ("forward", "dual_forward", "backward_queries", "backward_keys", "dual_backward_queries",
+           "dual_backward_keys")
+
+
+class Config(NamedTuple):
+    """``own`` rows of a program's block, ``other`` rows of a tile that it goes over."""
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+    #: Of dual_backward_keys: the tangents' cotangents in a launch of their own, where all four do not fit in registers.
+    apart: bool = False
+    #: Device and date of the measurement that chose it; None: not measured yet.
+    measured: str | None = None
+
+
+class Key(NamedTuple):
+    kernel: str
+    #: "half" (bfloat16 and float16) or "float32".
+    dtype: str
+    head_dim: int
+    architecture: str
+
+
+CONFIGS: Mapping[Key, Config] = {}
+
+#: Small tiles, since tests are small; float64 too.
+INTERPRETER = Config(32, 32, 4, 1)
+
+_overrides: dict[str, Config] = {}
+
+
+def choose(kernel: str, dtype: torch.dtype, head_dim: int, architecture: str) -> Config:
+    """The configuration of a kernel for tensors of this dtype and head dimension."""
+    if kernel in _overrides:
+        return _overrides[kernel]
+    if architecture == "interpreter":
+        return INTERPRETER
+    head_class = next(d for d in HEAD_DIMS if head_dim <= d)
+    return CONFIGS[Key(kernel, "float32" if dtype == torch.float32 else "half", head_class, architecture)]
+
+
+@contextlib.contextmanager
+def override(**configs: Config) -> Iterator[None]:
+    """Runs kernels with these configurations inside the ``with`` block, whatever the table says (for tuning)."""
+    unknown = configs.keys() - set(KERNELS)
+    if unknown:
+        raise ValueError(f"override: expected kernels of {', '.join(KERNELS)}, got {', '.join(sorted(unknown))}")
+    before = dict(_overrides)
+    _overrides.update(configs)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
