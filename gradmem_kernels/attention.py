@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from gradmem_kernels import backend as backends
 from gradmem_kernels.autograd import Op, Tensors
 from gradmem_kernels.checks import Checker, check_values
+from gradmem_kernels.vendor import attention as vendor
 
 __all__ = ["attention", "attention_dual"]
 
@@ -57,7 +58,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: f
             PyTorch's default CPU generator.
         grad_rows: ``(start, stop)``, ``0 <= start < stop <= Sq``, where ``Sq == Sk`` and without ``cu_seqlens``: rows
             of ``q``, ``k`` and ``v`` outside are constants, whose gradients are 0 and cost nothing, in every order.
-        first_order: who runs the forward pass and its first derivative: ``"own"`` or ``None``, this backend's kernels.
+        first_order: who runs the forward pass and its first derivative: ``"own"``, the backend's kernels, or one of
+            PyTorch's fused kernels, ``"cpu_flash"``, ``"flash"``, ``"cudnn"``. ``None``: where no backend is asked for
+            by name, the faster one that serves (docs/attention.md), else ``"own"``.
         backend: ``"reference"``, ``"triton"``, ``"native"``, or ``None`` for the automatic choice.
 
     Returns:
@@ -66,17 +69,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: f
     Raises:
         ArgumentError: for an argument of another type, shape, dtype, device or range, a ``bias`` that requires grad,
             and arguments that exclude each other.
-        BackendError: if ``backend`` is unknown or cannot serve.
+        BackendError: if ``backend`` is unknown, or it or ``first_order`` cannot serve.
         HigherOrderError: when a third derivative is taken.
 
     Source: Vaswani et al., Attention Is All You Need, arXiv 1706.03762; derivatives in docs/attention.md.
     """
     check = _check("attention", q, k, v)
     aux = _tensors(check, q, seqlens, cu_seqlens, cu_seqlens_k, mask, bias)
-    options = _options(check, q, causal, scale, window, softcap, dropout, dropout_seed, first_order)
+    options = _options(check, q, causal, scale, window, softcap, dropout, dropout_seed)
     _rows(check, "grad_rows", grad_rows, cu_seqlens)
+    options |= {"grad_rows": grad_rows, "tangent_rows": grad_rows}
+    if first_order not in (None, *vendor.CHOICES):
+        check.fail("first_order", f"one of {', '.join(vendor.CHOICES)} or None", repr(first_order))
     kernels = backends.select("attention", backend, q, k, v, *aux)
-    return OP(kernels, (q, k, v), aux, **options, grad_rows=grad_rows, tangent_rows=grad_rows)[0]
+    kernels = vendor.choose(first_order, kernels, (q, k, v), aux, options,
+                            automatic=backend is None and backends.requested() is None)
+    return OP(kernels, (q, k, v), aux, **options)[0]
 
 
 def attention_dual(q: Tensor, k: Tensor, v: Tensor, q_t: Tensor | None, k_t: Tensor | None, v_t: Tensor | None, *,
@@ -84,20 +92,19 @@ def attention_dual(q: Tensor, k: Tensor, v: Tensor, q_t: Tensor | None, k_t: Ten
                    softcap: float | None = None, seqlens: Tensor | None = None, cu_seqlens: Tensor | None = None,
                    cu_seqlens_k: Tensor | None = None, mask: Tensor | None = None, bias: Tensor | None = None,
                    dropout: float = 0.0, dropout_seed: int | None = None, grad_rows: Rows | None = None,
-                   tangent_rows: Rows | None = None, first_order: str | None = None,
-                   backend: str | None = None) -> tuple[Tensor, Tensor]:
+                   tangent_rows: Rows | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """:func:`attention` and its tangent along ``(q_t, k_t, v_t)``: returns ``o, o_t``, differentiable once.
 
     A tangent has the shape and dtype of its primal; ``None`` is a known zero, whose work is skipped. With
     ``tangent_rows=(start, stop)``, inside ``grad_rows`` and by default the same, tangents of the rows outside are taken
-    as 0, whatever they hold, and receive gradient 0. Other arguments and errors as for :func:`attention`; a second
-    derivative raises ``HigherOrderError``.
+    as 0, whatever they hold, and receive gradient 0. Other arguments and errors as for :func:`attention`, save that
+    there is no ``first_order`` to choose; a second derivative raises ``HigherOrderError``.
     """
     check = _check("attention_dual", q, k, v)
     for name, tangent, like in (("q_t", q_t, q), ("k_t", k_t, k), ("v_t", v_t, v)):
         check.tangent(name, tangent, like)
     aux = _tensors(check, q, seqlens, cu_seqlens, cu_seqlens_k, mask, bias)
-    options = _options(check, q, causal, scale, window, softcap, dropout, dropout_seed, first_order)
+    options = _options(check, q, causal, scale, window, softcap, dropout, dropout_seed)
     _rows(check, "grad_rows", grad_rows, cu_seqlens)
     _rows(check, "tangent_rows", tangent_rows, cu_seqlens, inside=grad_rows)
     kernels = backends.select("attention", backend, q, k, v, *aux)
@@ -119,7 +126,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> Checker:
 
 
 def _options(check: Checker, q: Tensor, causal: bool, scale: float | None, window: int | None, softcap: float | None,
-             dropout: float, dropout_seed: int | None, first_order: str | None) -> dict[str, Any]:
+             dropout: float, dropout_seed: int | None) -> dict[str, Any]:
     check.boolean("causal", causal)
     if scale is None:
         scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
@@ -133,11 +140,9 @@ def _options(check: Checker, q: Tensor, causal: bool, scale: float | None, windo
         check.fail("dropout", "a probability below 1", dropout)
     if dropout_seed is not None:
         check.integer("dropout_seed", dropout_seed, minimum=0, maximum=2**32 - 1)
-    if first_order not in (None, "own"):
-        check.fail("first_order", "'own' or None", repr(first_order))
     seed = 0
     if dropout > 0:
-        seed = int(torch.randint(2**32, ())) if dropout_seed is None else dropout_seed
+        seed = int(torch.randint(2**32, (), device="cpu")) if dropout_seed is None else dropout_seed
     return {"causal": causal, "scale": float(scale), "window": window,
             "softcap": None if softcap is None else float(softcap), "dropout": float(dropout), "seed": seed}
 

@@ -236,7 +236,7 @@ def _backward_launch(q, k, v, q_t, k_t, v_t, o, o_t, lse, mu, a, b, seqlens, cu_
 
 def _span(call: _Call, side: int, primal: bool, tangent: bool) -> tuple[int, int]:
     """The rows of queries (side 0) or keys (side 2) whose cotangents are wanted."""
-    ranges = [rows[side : side + 2] for rows, wanted in ((call.grad_rows, primal), (call.tangent_rows, tangent)) if wanted]
+    ranges = [rows[side : side + 2] for rows in [call.grad_rows] * primal + [call.tangent_rows] * tangent]
     return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 

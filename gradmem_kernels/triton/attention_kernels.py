@@ -1,4 +1,4 @@
-"""Triton attention kernels. Derivation and formulas: docs/attention.md; launched by gradmem_kernels/triton/attention.py.
+"""Triton attention kernels. Formulas: docs/attention.md; launched by gradmem_kernels/triton/attention.py.
 
 Four kernels make all orders. ``forward_kernel`` and ``backward_queries_kernel`` give a block of query rows to a
 program, which goes over the keys; ``backward_keys_kernel`` gives it a block of keys, which goes over the queries of
