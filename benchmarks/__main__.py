@@ -8,7 +8,7 @@ import sys
 import torch
 from rich.console import Console
 
-from benchmarks import attention, memory, meta_step, tune
+from benchmarks import attention, memory, meta_step
 from benchmarks.harness import Options, store
 
 SUITES = {"meta-step": meta_step, "memory": memory, "attention": attention}
@@ -20,8 +20,12 @@ def main() -> int:
         from benchmarks import compile_report
 
         return compile_report.main(sys.argv[2:])
+    if sys.argv[1:2] == ["tune"]:  # likewise
+        from benchmarks import tune
+
+        return tune.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="See docs/benchmarks.md.",
-                                     epilog="Another command: compile-report --help")
+                                     epilog="Other commands: compile-report --help, tune --help")
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--quick", action="store_true", help="a tiny shape: shows that the suite runs, nothing else")
     parser.add_argument("--store", action="store_true", help="append the rows to benchmarks/results/<suite>.jsonl")

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -23,8 +24,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["RESULTS", "Options", "Process", "Report", "Result", "Row", "Samples", "gate", "in_fresh_process",
-           "interleave", "measure_process", "mebibytes", "quantiles", "relative_errors", "store"]
+__all__ = ["RESULTS", "Options", "Process", "Provenance", "Report", "Result", "Row", "Samples", "cuda_clock", "gate",
+           "in_fresh_process", "interleave", "interleave_prepared", "measure_process", "mebibytes", "quantiles",
+           "relative_errors", "store", "wall_clock"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +38,11 @@ ENVIRONMENT = ("GLIBC_TUNABLES", "GRADMEM_", "KMP_", "LD_PRELOAD", "MALLOC_", "M
 #: A loss and the gradients of it, by name.
 Result = tuple[Tensor, dict[str, Tensor]]
 T = TypeVar("T")
+#: Runs a piece of work once and returns its seconds.
+Clock = Callable[[Callable[[], Any]], float]
+
+#: Bytes written before each timed call on a GPU, so that none finds its inputs in the L2 cache (50 MB on an H100).
+FLUSHED = 2**28
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class Options:
     quick: bool
     repeats: int
     warmup: int = 1
+    device: str = "cpu"
+    #: Parts of the suite to run, by name; all of them if empty.
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,22 +66,30 @@ class Provenance:
     python: str
     torch: str
     triton: str | None
+    #: Version of the GPU's driver, and of the CUDA that torch was built with; None on a CPU.
     driver: str | None
     commit: str | None
     modified: bool
     date: str
     environment: Mapping[str, str]
+    cuda: str | None = None
 
     @classmethod
-    def here(cls) -> Provenance:
-        """The provenance of this process. ``modified``: the tree differs from ``commit``, stored results aside."""
+    def here(cls, device: str = "cpu") -> Provenance:
+        """The provenance of this process. ``modified``: the tree differs from ``commit``, stored results aside.
+
+        Where git tells nothing, the environment variable ``GRADMEM_COMMIT`` names the commit.
+        """
         try:
             triton = importlib.metadata.version("triton")
         except importlib.metadata.PackageNotFoundError:
             triton = None
+        gpu = torch.device(device).type == "cuda"
         return cls(
-            device=_cpu_model(), threads=torch.get_num_threads(), python=platform.python_version(),
-            torch=torch.__version__, triton=triton, driver=None, commit=_git("rev-parse", "HEAD"),
+            device=torch.cuda.get_device_name(device) if gpu else _cpu_model(), threads=torch.get_num_threads(),
+            python=platform.python_version(), torch=torch.__version__, triton=triton,
+            driver=_gpu_driver() if gpu else None, cuda=torch.version.cuda if gpu else None,
+            commit=_git("rev-parse", "HEAD") or os.environ.get("GRADMEM_COMMIT") or None,
             modified=bool(_git("status", "--porcelain", "--", ".", f":(exclude){RESULTS.relative_to(_root())}")),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)})
@@ -98,9 +116,20 @@ class Row:
     peak_live_bytes: int | None = None
     peak_rss_bytes: int | None = None
     minor_faults: float | None = None
+    #: The most that PyTorch's allocator had handed out at once on the GPU, less what lived before.
+    peak_device_bytes: int | None = None
+    #: Of the GPU's cache before each timed call: "flushed", or None on a CPU.
+    l2: str | None = None
+    #: Median of the ratios, within each round, to first order alone, and who ran that.
+    price: float | None = None
+    price_of: str | None = None
     #: The largest relative error of the loss and the gradients against float64, and plain PyTorch's own.
     error: float | None = None
     eager_error: float | None = None
+    #: The shape on which errors were measured, where it is not ``shape``.
+    checked_shape: Mapping[str, int] | None = None
+    #: Why there are no numbers: not installed, refused by the provider, out of memory.
+    unavailable: str | None = None
     provenance: Provenance = field(default_factory=Provenance.here)
 
 
@@ -134,6 +163,49 @@ def interleave(steps: Mapping[T, Callable[[], Any]], options: Options) -> dict[T
             samples[name].seconds.append(time.perf_counter() - start)
             samples[name].minor_faults.append(_minor_faults() - faults)
     return samples
+
+
+def interleave_prepared(prepare: Mapping[T, Callable[[], Callable[[], Any]]], options: Options,
+                        clock: Clock) -> dict[T, list[float]]:
+    """As :func:`interleave`, for work that needs something before it which is not timed: ``prepare[name]()`` returns
+    the work. It is prepared anew in each round, run once, timed once and freed, so that only one is in memory."""
+    samples: dict[T, list[float]] = {name: [] for name in prepare}
+    for k in range(options.repeats):
+        for name in list(prepare) if k % 2 == 0 else reversed(list(prepare)):
+            work = prepare[name]()
+            for _ in range(options.warmup):
+                work()
+            gc.collect()
+            samples[name].append(clock(work))
+            del work
+    return samples
+
+
+def wall_clock(work: Callable[[], Any]) -> float:
+    """For work on the CPU."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cuda_clock(device: str) -> Clock:
+    """For work on a GPU: the time between two events on its current stream, the L2 cache flushed before.
+
+    The flush also lets the CPU get ahead, so that a launch counts only where the GPU waits for it.
+    """
+    cache = torch.empty(FLUSHED, dtype=torch.int8, device=device)
+
+    def clock(work: Callable[[], Any]) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        cache.zero_()
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        return 1e-3 * float(start.elapsed_time(stop))
+
+    return clock
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -203,7 +275,7 @@ def store(report: Report, suite: str) -> Path:
     for row in report.rows:
         if row.provenance.commit is None or row.provenance.modified:
             raise SystemExit("--store: expected a git checkout without uncommitted changes, so that the stored commit "
-                             "is what was measured; commit first")
+                             "is what was measured; commit first, or without git name it in GRADMEM_COMMIT")
     path = RESULTS / f"{suite}.jsonl"
     with path.open("a") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in report.rows)
@@ -220,6 +292,17 @@ def _git(*args: str) -> str | None:
         return None
     done = subprocess.run(["git", *args], cwd=_root(), capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _gpu_driver() -> str | None:
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
+    version = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", version.read_text()) if version.exists() else None
+    return found.group() if found else None
 
 
 def _cpu_model() -> str:

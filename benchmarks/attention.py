@@ -1,0 +1,292 @@
+"""Attention of both orders: time, peak memory and the price of second order, against what there is elsewhere."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.attention_providers import (
+    EAGER,
+    FIRST_ORDER,
+    FLOP_FORMULA,
+    MODES,
+    PROVIDERS,
+    Data,
+    Provider,
+    Shape,
+    draw,
+    head_by_head,
+    prepare,
+)
+from benchmarks.harness import (
+    Options,
+    Provenance,
+    Report,
+    Row,
+    cuda_clock,
+    gate,
+    interleave_prepared,
+    mebibytes,
+    quantiles,
+    wall_clock,
+)
+from benchmarks.live_memory import peak_live_bytes
+from gradmem_kernels.backend import BackendError
+
+__all__ = ["CPU", "CUDA", "DEVICES", "PARTS", "PROVIDERS", "QUICK", "run", "table"]
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Shapes that are measured alike. ``modes`` without times: their peak memory alone."""
+
+    dtype: torch.dtype
+    shapes: Sequence[Shape]
+    modes: Sequence[str] = MODES
+    timed: bool = True
+
+
+_HALF, _SINGLE = torch.bfloat16, torch.float32
+#: Parts by name, the most telling first.
+CUDA = {
+    "headline": Part(_HALF, [Shape(1, 32, 32, 8192, 128)]),
+    "long": Part(_HALF, [Shape(1, 12, 12, 32768, 64)]),
+    "memory": Part(_HALF, [Shape(1, 4, 4, 2**k, 64) for k in range(10, 17)], ("double_backward",), timed=False),
+    "gqa": Part(_HALF, [Shape(1, 32, 8, 8192, 128)]),
+    "sweep": Part(_HALF, [Shape(16384 // s, 2048 // d, 2048 // d, s, d)
+                          for d in (128, 64) for s in (1024, 2048, 4096, 8192, 16384)]),
+}
+CPU = {
+    "small": Part(_SINGLE, [Shape(2, 4, 4, s, d) for s in (256, 1024) for d in (32, 64)]),
+    "memory": Part(_SINGLE, [Shape(1, 1, 1, 2**k, 32) for k in range(10, 14)], ("double_backward",), timed=False),
+}
+QUICK = {
+    "small": Part(_SINGLE, [Shape(2, 4, 2, 33, 16)]),
+    "memory": Part(_SINGLE, [Shape(1, 2, 1, s, 16) for s in (32, 64)], ("double_backward",), timed=False),
+}
+PARTS = tuple(CPU | CUDA)
+
+#: The longest sequence whose exact results are computed; longer ones are checked at this length.
+CHECKED_LENGTH = {"cpu": 2048, "cuda": 16384}
+
+
+class Checked(NamedTuple):
+    """A provider in a mode: its error and plain PyTorch's, or why it gets no numbers."""
+
+    error: float | None = None
+    eager_error: float | None = None
+    peak: int | None = None
+    unavailable: str | None = None
+    wrong: str | None = None
+
+
+def run(options: Options) -> Report:
+    """All parts, or those named in ``options.only``."""
+    device = torch.device(options.device).type
+    parts = QUICK if options.quick else CUDA if device == "cuda" else CPU
+    unknown = set(options.only) - set(parts)
+    if unknown:
+        raise SystemExit(f"--only: expected parts of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+    rows, refused = [], []
+    for part in (part for name, part in parts.items() if name in options.only or not options.only):
+        for shape in part.shapes:
+            found, wrong = measure(part, shape, options)
+            rows += found
+            refused += wrong
+    return Report(rows, refused)
+
+
+def measure(part: Part, shape: Shape, options: Options) -> tuple[list[Row], list[str]]:
+    """One shape: every provider in every mode is checked, then those that are right are timed, interleaved."""
+    device = torch.device(options.device).type
+    check_shape = replace(shape, length=min(shape.length, CHECKED_LENGTH[device]))
+    providers = [provider for provider in PROVIDERS if set(provider.modes) & set(part.modes)]
+    checked = check(providers, part, check_shape, options.device)
+    data, found, prepared = draw(shape, part.dtype, options.device), {}, {}
+    for (provider, mode), of in checked.items():
+        if of.unavailable is None and of.wrong is None:
+            make = partial(prepare, mode, provider.load(shape), data)
+            of = _attempt(provider, lambda make=make, of=of: of._replace(peak=peak_bytes(make, options.device)))
+            if of.unavailable is None and of.wrong is None:
+                prepared[provider, mode] = make
+        found[provider, mode] = of
+    seconds: Mapping[tuple[Provider, str], list[float]] = {}
+    if part.timed:
+        clock = cuda_clock(options.device) if device == "cuda" else wall_clock
+        seconds = interleave_prepared(prepared, options, clock)
+    base = Row(suite="attention", step="attention", provider="", mode="", dtype=str(part.dtype).removeprefix("torch."),
+               shape=asdict(shape), checked_shape=None if check_shape == shape else asdict(check_shape),
+               provenance=Provenance.here(options.device))
+    rows = [_row(base, key, of, seconds, shape) for key, of in found.items() if of.wrong is None]
+    at = "B {batch} H {heads}/{kv_heads} S {length} d {head_dim}".format(**asdict(shape))
+    return rows, [f"{of.wrong} ({at})" for of in found.values() if of.wrong is not None]
+
+
+def check(providers: Sequence[Provider], part: Part, shape: Shape, device: str) -> dict[tuple[Provider, str], Checked]:
+    """Every provider in every mode against float64, on this shape."""
+    data = draw(shape, part.dtype, device)
+    exact = head_by_head(shape, data.map(Tensor.double))
+    eager = errors(head_by_head(shape, data), exact)
+    found = {}
+    for provider in providers:
+        for mode in part.modes:
+            if mode in provider.modes:
+                found[provider, mode] = _attempt(provider, partial(_check, provider, mode, shape, data, exact, eager))
+    return found
+
+
+def _check(provider: Provider, mode: str, shape: Shape, data: Data, exact: Mapping[str, Tensor],
+           eager: Mapping[str, float]) -> Checked:
+    ours = errors(prepare(mode, provider.load(shape), data)(), exact)
+    worst = max(ours.values()), max(eager[name] for name in ours)
+    return Checked(*worst, wrong=gate(f"{provider.name} {mode}", ours, eager))
+
+
+def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of each result: the norm of the difference over the norm of the exact one."""
+    return {name: float((t.detach().double() - exact[name]).norm() / exact[name].norm())
+            for name, t in results.items()}
+
+
+def _attempt(provider: Provider, work: Callable[[], Checked]) -> Checked:
+    """What keeps a provider from running is its row's reason; the library's own errors, other than that a backend
+    does not serve, count as wrong."""
+    try:
+        found = work()
+    except torch.OutOfMemoryError:
+        found = Checked(unavailable="out of memory")
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        reason = f"{type(error).__name__}: {first_line}"
+        ours = provider.name.startswith("gradmem") and not isinstance(error, BackendError)
+        found = Checked(wrong=f"{provider.name}: {reason}") if ours else Checked(unavailable=reason)
+    _free()
+    return found
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_bytes(make: Callable[[], Callable[[], Any]], device: str) -> int:
+    """The most that a mode and what it needs before it hold at once, inputs aside."""
+    if torch.device(device).type == "cpu":
+        return peak_live_bytes(lambda: make()())
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    make()()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _row(base: Row, key: tuple[Provider, str], of: Checked, seconds: Mapping[tuple[Provider, str], list[float]],
+         shape: Shape) -> Row:
+    provider, mode = key
+    cuda = base.provenance.cuda is not None
+    row = replace(base, provider=provider.name, mode=mode, error=of.error, eager_error=of.eager_error,
+                  unavailable=of.unavailable, **{"peak_device_bytes" if cuda else "peak_live_bytes": of.peak})
+    if key not in seconds:
+        return row
+    times = seconds[key]
+    q20, median, q80 = (1e3 * t for t in quantiles(times))
+    row = replace(row, median_ms=median, q20_ms=q20, q80_ms=q80, repeats=len(times), l2="flushed" if cuda else None,
+                  tflops=shape.flops(mode) / median * 1e-9, flop_formula=FLOP_FORMULA)
+    if (EAGER, mode) in seconds:
+        row = replace(row, ratio_to_eager=_ratio(times, seconds[EAGER, mode]))
+    first = fastest_first_order(seconds)
+    if first is not None:
+        row = replace(row, price=_ratio(times, first[1]), price_of=first[0].name)
+    return row
+
+
+def fastest_first_order(
+        seconds: Mapping[tuple[Provider, str], list[float]]) -> tuple[Provider, list[float]] | None:
+    """Who is fastest in forward and backward together, with the sums of each round."""
+    sums = {provider: [sum(both) for both in zip(*(seconds[provider, mode] for mode in FIRST_ORDER), strict=True)]
+            for provider in dict.fromkeys(provider for provider, _ in seconds)
+            if all((provider, mode) in seconds for mode in FIRST_ORDER)}
+    return min(sums.items(), key=lambda item: quantiles(item[1])[1], default=None)
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    return quantiles([a / b for a, b in zip(times, others, strict=True)])[1]
+
+
+def table(rows: Sequence[Row]) -> Group:
+    """A table of times for each shape, and one of memory over the length."""
+    # a part is timed or not as a whole, so a shape without any time belongs to the memory sweep
+    shapes: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        shapes.setdefault(tuple(row.shape.values()), []).append(row)
+    timed = [of for of in shapes.values() if any(row.median_ms is not None for row in of)]
+    swept = [row for of in shapes.values() if of not in timed for row in of]
+    return Group(*map(_times, timed), *([_memory(swept)] if swept else []))
+
+
+def _times(rows: Sequence[Row]) -> Table:
+    first = rows[0]
+    title = f"attention, {first.dtype}; {', '.join(f'{name} {size}' for name, size in first.shape.items())}"
+    if first.checked_shape is not None:
+        title += f"; checked at length {first.checked_shape['length']}"
+    yardstick = next((row.price_of for row in rows if row.price_of), "none")
+    out = Table(title=title, caption=f"FLOP: {FLOP_FORMULA}\nprice: of forward and backward by {yardstick}")
+    for column in ("provider", "mode", "ms", "20 %", "80 %", "of eager", "GFLOP/s", "price", "peak MiB", "error"):
+        out.add_column(column, justify="left" if column in ("provider", "mode") else "right")
+    for row in (row for row in rows if row.unavailable is None):
+        out.add_row(row.provider, row.mode, *(f"{ms:.3f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)),
+                    _factor(row.ratio_to_eager), f"{1e3 * row.tflops:.0f}", _factor(row.price),
+                    mebibytes(_peak(row)), f"{row.error:.0e}")
+    out.caption += "".join(f"\n{line}" for line in _unavailable(rows))
+    return out
+
+
+def _memory(rows: Sequence[Row]) -> Table:
+    """One line for each provider, one column for each length."""
+    shape = ", ".join(f"{name} {size}" for name, size in rows[0].shape.items() if name != "length")
+    out = Table(title=f"peak memory of the {rows[0].mode.replace('_', ' ')} in MiB, {rows[0].dtype}; {shape}")
+    lengths = sorted({row.shape["length"] for row in rows})
+    for column in ("provider", *(f"S={length}" for length in lengths), "bytes a row at the end"):
+        out.add_column(column, justify="left" if column == "provider" else "right")
+    for provider in dict.fromkeys(row.provider for row in rows):
+        line = {row.shape["length"]: row for row in rows if row.provider == provider}
+        peaks = [(s, _peak(row)) for s, row in sorted(line.items()) if _peak(row) is not None]
+        growth = (peaks[-1][1] - peaks[-2][1]) / (peaks[-1][0] - peaks[-2][0]) if len(peaks) > 1 else None
+        if peaks:
+            out.add_row(provider, *(mebibytes(_peak(line[s])) if s in line else "-" for s in lengths),
+                        "-" if growth is None else f"{growth:.0f}")
+    out.caption = "\n".join(_unavailable(rows))
+    return out
+
+
+def _unavailable(rows: Sequence[Row]) -> list[str]:
+    """Who has no numbers where, and why."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in (row for row in rows if row.unavailable is not None):
+        found.setdefault((row.provider, row.unavailable), []).append(row)
+    lines = []
+    for (provider, reason), missing in found.items():
+        modes, lengths = (dict.fromkeys(keys) for keys in zip(*((row.mode, str(row.shape["length"])) for row in missing),
+                                                              strict=True))
+        lines.append(f"{provider} unavailable ({', '.join(modes)}; S={', '.join(lengths)}): {reason}")
+    return lines
+
+
+def _peak(row: Row) -> int | None:
+    return row.peak_device_bytes if row.peak_live_bytes is None else row.peak_live_bytes
+
+
+def _factor(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
