@@ -278,8 +278,8 @@ def _unavailable(rows: Sequence[Row]) -> list[str]:
         found.setdefault((row.provider, row.unavailable), []).append(row)
     lines = []
     for (provider, reason), missing in found.items():
-        modes, lengths = (dict.fromkeys(keys) for keys in zip(*((row.mode, str(row.shape["length"])) for row in missing),
-                                                              strict=True))
+        modes = dict.fromkeys(row.mode for row in missing)
+        lengths = dict.fromkeys(str(row.shape["length"]) for row in missing)
         lines.append(f"{provider} unavailable ({', '.join(modes)}; S={', '.join(lengths)}): {reason}")
     return lines
 
