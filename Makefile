@@ -6,15 +6,26 @@ TORCH_INDEX_URL ?=
 # Arguments for `make bench`, e.g. SUITE="memory --quick".
 SUITE ?= meta-step
 
+# An interpreter that has all dependencies already, for the targets on a GPU, e.g. WITH=python3: nothing is installed.
+WITH ?=
+# What `make gpu-attention` does, in order; what is done is not done again until `make gpu-again`.
+STAGES ?= configs headline long tests memory gqa sweep
+# Processes of its tests: compilation is what takes their time.
+JOBS ?= 8
+# Arguments for `make tune`, e.g. TUNE="--kernel dual_backward_keys --dtype half --head-dim 128".
+TUNE ?=
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+GPU_PYTHON := $(or $(WITH),$(BIN)/python)
+GPU_READY := $(if $(WITH),,$(INSTALLED))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gpu-attention gpu-again tune clean
 
 help: ## this list
-	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
 	@echo '  variables: PYTHON=$(PYTHON)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  SUITE="$(SUITE)"'
 
 demo: $(INSTALLED) ## train a small GradMem, write a context into a memory, answer from the memory alone (runs/demo)
@@ -29,6 +40,28 @@ lint: $(INSTALLED) ## ruff and mypy
 
 bench: $(INSTALLED) ## a benchmark suite: make bench SUITE="memory --quick"
 	$(BIN)/python -m benchmarks $(SUITE)
+
+gpu-attention: $(GPU_READY) ## on a GPU: tests and benchmarks of attention, most telling first
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'
+	@$(MAKE) --no-print-directory -k $(STAGES:%=build/gpu/%)
+
+gpu-again: ## forget which stages of gpu-attention are done
+	rm -rf build/gpu
+
+tune: $(GPU_READY) ## on a GPU: look for faster configurations of the attention kernels
+	$(GPU_PYTHON) -m benchmarks tune $(TUNE)
+
+build/gpu/configs: $(GPU_READY)
+	$(GPU_PYTHON) -m pytest -q -n $(JOBS) -p no:cacheprovider tests/gpu -k 'every_config or graph_capture'
+	@mkdir -p $(@D) && touch $@
+
+build/gpu/tests: $(GPU_READY)
+	$(GPU_PYTHON) -m pytest -q -n $(JOBS) -p no:cacheprovider tests/gpu -k 'not every_config and not graph_capture'
+	@mkdir -p $(@D) && touch $@
+
+build/gpu/%: $(GPU_READY)
+	$(GPU_PYTHON) -m benchmarks attention --device cuda --only $* --store
+	@mkdir -p $(@D) && touch $@
 
 clean: ## remove the environment, caches and build products; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import attention, memory, meta_step
-from benchmarks.harness import Options, store
+from benchmarks.harness import Options, Provenance, check_storable, store
 
 SUITES = {"meta-step": meta_step, "memory": memory, "attention": attention}
 DEFAULT_REPEATS = 10
@@ -41,6 +41,8 @@ def main() -> int:
     for name, number in (("--repeats", args.repeats), ("--threads", args.threads)):
         if number is not None and number < 1:
             parser.error(f"{name}: expected at least 1, got {number}")
+    if args.store:
+        check_storable(Provenance.here())
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     suite, console = SUITES[args.suite], Console()

@@ -124,6 +124,8 @@ def measure(part: Part, shape: Shape, options: Options) -> tuple[list[Row], list
     if part.timed:
         clock = cuda_clock(options.device) if device == "cuda" else wall_clock
         seconds = interleave_prepared(prepared, options, clock)
+        for key in prepared.keys() - seconds.keys():
+            found[key] = Checked(unavailable="out of memory")
     base = Row(suite="attention", step="attention", provider="", mode="", dtype=str(part.dtype).removeprefix("torch."),
                shape=asdict(shape), checked_shape=None if check_shape == shape else asdict(check_shape),
                provenance=Provenance.here(options.device))

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["RESULTS", "Options", "Process", "Provenance", "Report", "Result", "Row", "Samples", "cuda_clock", "gate",
-           "in_fresh_process", "interleave", "interleave_prepared", "measure_process", "mebibytes", "quantiles",
-           "relative_errors", "store", "wall_clock"]
+__all__ = ["RESULTS", "Options", "Process", "Provenance", "Report", "Result", "Row", "Samples", "check_storable",
+           "cuda_clock", "gate", "in_fresh_process", "interleave", "interleave_prepared", "measure_process",
+           "mebibytes", "quantiles", "relative_errors", "store", "wall_clock"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -168,17 +168,25 @@ def interleave(steps: Mapping[T, Callable[[], Any]], options: Options) -> dict[T
 def interleave_prepared(prepare: Mapping[T, Callable[[], Callable[[], Any]]], options: Options,
                         clock: Clock) -> dict[T, list[float]]:
     """As :func:`interleave`, for work that needs something before it which is not timed: ``prepare[name]()`` returns
-    the work. It is prepared anew in each round, run once, timed once and freed, so that only one is in memory."""
+    the work. It is prepared anew in each round, run once, timed once and freed, so that only one is in memory. What
+    runs out of the GPU's memory is left out."""
     samples: dict[T, list[float]] = {name: [] for name in prepare}
     for k in range(options.repeats):
-        for name in list(prepare) if k % 2 == 0 else reversed(list(prepare)):
-            work = prepare[name]()
-            for _ in range(options.warmup):
-                work()
-            gc.collect()
-            samples[name].append(clock(work))
-            del work
+        for name in list(samples) if k % 2 == 0 else reversed(list(samples)):
+            try:
+                samples[name].append(_prepared_time(prepare[name], options.warmup, clock))
+            except torch.OutOfMemoryError:
+                del samples[name]
+                torch.cuda.empty_cache()
     return samples
+
+
+def _prepared_time(prepare: Callable[[], Callable[[], Any]], warmup: int, clock: Clock) -> float:
+    work = prepare()
+    for _ in range(warmup):
+        work()
+    gc.collect()
+    return clock(work)
 
 
 def wall_clock(work: Callable[[], Any]) -> float:
@@ -266,6 +274,13 @@ def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
         return pool.submit(function, *args).result()
 
 
+def check_storable(provenance: Provenance) -> None:
+    """Raises ``SystemExit`` if the commit does not tell what is measured."""
+    if provenance.commit is None or provenance.modified:
+        raise SystemExit("--store: expected a git checkout without uncommitted changes, so that the stored commit is "
+                         "what was measured; commit first, or without git name it in GRADMEM_COMMIT")
+
+
 def store(report: Report, suite: str) -> Path:
     """Appends the rows to the suite's results.
 
@@ -273,9 +288,7 @@ def store(report: Report, suite: str) -> Path:
         SystemExit: if their commit does not tell what was measured.
     """
     for row in report.rows:
-        if row.provenance.commit is None or row.provenance.modified:
-            raise SystemExit("--store: expected a git checkout without uncommitted changes, so that the stored commit "
-                             "is what was measured; commit first, or without git name it in GRADMEM_COMMIT")
+        check_storable(row.provenance)
     path = RESULTS / f"{suite}.jsonl"
     with path.open("a") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in report.rows)
