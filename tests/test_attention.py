@@ -367,6 +367,31 @@ def test_hidden_contents_do_not_matter(options, backend):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(("grad_rows", "tangent_rows"), [
+    ((0, 1), (2, 4)), ((1, 3), (0, 2)), (None, (1, 2)), ((1, 2), None)])
+def test_kernels_take_any_two_ranges_of_rows(grad_rows, tangent_rows, backend):
+    """For kernels, ``grad_rows`` say which cotangents are wanted, ``tangent_rows`` which tangents there are."""
+    x, x_t, (a, b) = (tuple(randn(1, 1, 4, 2) for _ in range(n)) for n in (3, 3, 2))
+    options = {"causal": False, "scale": 0.7, "window": None, "softcap": 0.9, "dropout": 0.0, "seed": 0,
+               "grad_rows": grad_rows, "tangent_rows": tangent_rows}
+    kernels, aux = backends.select(OP, backend), (None,) * 5
+    leaves = tuple(t.clone().requires_grad_() for t in (*x, *x_t))
+    inside = within(tangent_rows or (0, 4), 4)
+    formula = torch.func.jvp(lambda *x: plain(*x, scale=0.7, softcap=0.9), leaves[:3],
+                             tuple(torch.where(inside, t, 0) for t in leaves[3:]))
+    y, y_t, saved = kernels.dual_forward(x, aux, x_t, **options)
+    assert_close({"y": y[0], "y_t": y_t[0]}, {"y": formula[0], "y_t": formula[1]})
+    expected = torch.autograd.grad(formula, leaves, (a, b))
+    for needs, needs_t in (((True,) * 3,) * 2, ((True,) * 3, (False,) * 3), ((False,) * 3, (True,) * 3)):
+        bars = kernels.dual_backward(x, aux, x_t, y, y_t, saved, (a,), (b,), needs, needs_t, **options)
+        for name, rows, actual, formula in (("input", grad_rows, bars[0], expected[:3]),
+                                            ("tangent", tangent_rows, bars[1], expected[3:])):
+            wanted = within(rows or (0, 4), 4)
+            for i, t in enumerate(actual):
+                if t is not None:
+                    assert_close({f"{name} {i}": t}, {f"{name} {i}": torch.where(wanted, formula[i], 0)})
+
+
 def test_tangents_outside_their_rows_are_not_read(backend):
     for options in ({"grad_rows": (1, 3)}, {"tangent_rows": (1, 3)}, {"tangent_rows": (1, 3), "causal": True}):
         rows = case(backend, heads=(2, 1), lengths=(4, 4), **options)
@@ -534,13 +559,16 @@ ONE, SQUARE = {"q": Q[:1], "k": K[:1], "v": K[:1]}, {"q": K}
     ({**SQUARE, "grad_rows": (-1, 2)}, "grad_rows", "0 <= start < stop <= 6", "(-1, 2)"),
     ({"grad_rows": (0, 1)}, "grad_rows", "as many queries as keys", "3 queries, 6 keys"),
     ({"q": K[:1], "k": K[:1], "v": K[:1], "cu_seqlens": CU, "grad_rows": (0, 1)}, "grad_rows", "no cu_seqlens",
-     "cu_seqlens"),
-    ({"first_order": "fast"}, "first_order", "'own'", "'fast'")])
+     "cu_seqlens")])
 def test_bad_arguments(arguments, argument, expected, got):
     arguments = {"q": Q, "k": K, "v": K, **arguments}
     refused(lambda: attention(**arguments), "attention", argument, expected, got)
     refused(lambda: attention_dual(**arguments, q_t=None, k_t=None, v_t=None), "attention_dual", argument, expected,
             got)
+
+
+def test_bad_first_order():
+    refused(lambda: attention(Q, K, K, first_order="fast"), "attention", "first_order", "own", "'fast'")
 
 
 @pytest.mark.parametrize(("rows", "expected", "got"), [
