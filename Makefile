@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH_INDEX_URL ?=
 # Arguments for `make bench`, e.g. SUITE="memory --quick".
 SUITE ?= meta-step
+# Arguments for `make compile-report`: --update replaces the tables.
+REPORT ?=
 
 # An interpreter that has all dependencies already, for the targets on a GPU, e.g. WITH=python3: nothing is installed.
 WITH ?=
@@ -20,13 +22,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 GPU_PYTHON := $(or $(WITH),$(BIN)/python)
 GPU_READY := $(if $(WITH),,$(INSTALLED))
+# The oldest Triton that pyproject.toml allows, installed beside the environment's own.
+OLD_TRITON := $(VENV)/triton-3.6.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench gpu-attention gpu-again tune clean
+.PHONY: help demo test lint bench compile-report gpu-attention gpu-again tune clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
-	@echo '  variables: PYTHON=$(PYTHON)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  SUITE="$(SUITE)"'
+	@echo '  variables: PYTHON=$(PYTHON)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  SUITE="$(SUITE)"  REPORT=$(REPORT)'
 
 demo: $(INSTALLED) ## train a small GradMem, write a context into a memory, answer from the memory alone (runs/demo)
 	$(BIN)/gradmem demo
@@ -40,6 +44,10 @@ lint: $(INSTALLED) ## ruff and mypy
 
 bench: $(INSTALLED) ## a benchmark suite: make bench SUITE="memory --quick"
 	$(BIN)/python -m benchmarks $(SUITE)
+
+compile-report: $(INSTALLED) $(OLD_TRITON)/.installed ## what the Triton kernels compile to, against the tables
+	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m benchmarks compile-report $(REPORT)
+	$(BIN)/python -m benchmarks compile-report $(REPORT)
 
 gpu-attention: $(GPU_READY) ## on a GPU: tests and benchmarks of attention, most telling first
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'
@@ -80,4 +88,8 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(if $(TORCH_INDEX_URL),$(BIN)/pip install --no-deps -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(OLD_TRITON)/.installed: | $(INSTALLED)
+	$(BIN)/pip install --no-deps --target $(@D) triton==$(patsubst triton-%,%,$(notdir $(@D)))
 	@touch $@

@@ -41,10 +41,9 @@ SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 #: Bytes of stack per thread that need no measurement, at the head dimensions that matter most.
 STACK_LIMIT, STACK_HEAD_DIMS = 64, (64, 128)
 
-#: The representative of each dtype class, and its precision of products. float32 by default multiplies without tensor
-#: cores, and then it is the same program but for that.
-ELEMENTS = {"half": "bf16", "float32": "fp32"}
-PRECISIONS = {"bf16": "ieee", "fp16": "ieee", "fp32": "tf32"}
+#: The representative of each class of dtypes, and the precision of its products.
+ELEMENTS = {"half": "bf16", "tf32": "fp32", "float32": "fp32"}
+PRECISIONS = {"half": "ieee", "tf32": "tf32", "float32": "tf32x3"}
 
 TANGENTS = ("p_qt", "p_kt", "p_vt")
 #: Pointers that only a feature brings.
@@ -122,6 +121,7 @@ class Build(NamedTuple):
     architecture: str
     config: Config
     feature: Feature = PLAIN
+    precision: str = "ieee"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Line:
 def table_builds() -> list[Build]:
     """What the table lists: every configuration, and the row statistics of each class."""
     builds = [_build(key, config) for key, config in CONFIGS.items()]
-    for dtype in ELEMENTS:
+    for dtype in ("half", "float32"):  # it has no products
         for head_dim in HEAD_DIMS:
             builds += [_build(Key("row_statistics", dtype, head_dim, arch), STATISTICS) for arch in SHARED_LIMITS]
     return builds
@@ -155,7 +155,7 @@ def table_builds() -> list[Build]:
 
 def _build(key: Key, config: Config) -> Build:
     return Build(f"{key.kernel} {key.dtype} d{key.head_dim} {key.architecture}", key.kernel, ELEMENTS[key.dtype],
-                 key.head_dim, key.architecture, config)
+                 key.head_dim, key.architecture, config, precision=PRECISIONS[key.dtype])
 
 
 def feature_builds() -> list[Build]:
@@ -171,7 +171,9 @@ def feature_builds() -> list[Build]:
 
 def source(build: Build) -> ASTSource:
     """The kernel with the types, constants and alignments that a launch on a GPU would find."""
-    signature, constants, alignments = {}, {}, {}
+    signature: dict[str, str | tuple[str, ...]] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    alignments: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(LAUNCHES[build.kernel].function.params):
         kind = _type(build, parameter)
         signature[parameter.name] = kind
@@ -204,7 +206,7 @@ def _constants(build: Build) -> dict[str, Any]:
     """The values of constants by name, those of other kernels too; a pointer that is not here is ``None``."""
     return {"DUAL": build.kernel.startswith("dual"), "KNOWN": False, "CAUSAL": True, "WINDOW": False, "CAP": False,
             "DROPOUT": False, "SOME_T": False, "D": build.head_dim, "DP": triton.next_power_of_2(build.head_dim),
-            "ACC": tl.float32, "PRECISION": PRECISIONS[build.element], "OWN": build.config.own,
+            "ACC": tl.float32, "PRECISION": build.precision, "OWN": build.config.own,
             "OTHER": build.config.other, **build.feature.flags}
 
 

@@ -28,7 +28,8 @@ from gradmem_kernels.triton.attention_configs import CONFIGS, HEAD_DIMS, KERNELS
 
 __all__ = ["Found", "candidates", "entry", "main", "prepare_kernel", "search"]
 
-DTYPES = {"half": torch.bfloat16, "float32": torch.float32}
+#: For each class of dtypes the one that is timed, and the precision of float32 products meanwhile.
+DTYPES = {"half": (torch.bfloat16, "highest"), "tf32": (torch.float32, "high"), "float32": (torch.float32, "highest")}
 #: Where candidates are checked: ragged, grouped, causal.
 CHECKED = Shape(1, 4, 2, 321, 0)
 #: Where they are timed.
@@ -163,8 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tune(key: Key, configs: Sequence[Config], clock: Clock, length: int, device: str, date: str) -> Iterator[str]:
     """Lines for the table, of one kernel."""
-    dtype = DTYPES[key.dtype]
-    old = choose(key.kernel, dtype, key.head_dim, key.architecture) if key in CONFIGS else None
+    dtype, products = DTYPES[key.dtype]
+    torch.set_float32_matmul_precision(products)
+    old = choose(key.kernel, key.dtype, key.head_dim, key.architecture) if key in CONFIGS else None
     small, large = replace(CHECKED, head_dim=key.head_dim), replace(TIMED, head_dim=key.head_dim, length=length)
     checked = draw(small, dtype, "cuda")
     exact = head_by_head(small, checked.map(Tensor.double))

@@ -20,9 +20,13 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with a ``backend`` argument runs on every backend that serves its module's ``OP`` on this machine."""
+    """A test with a ``backend`` argument runs on every backend that serves its module's ``OP`` on this machine.
+
+    A module may name the ``BACKENDS`` that it is about.
+    """
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
-        metafunc.parametrize("backend", [name for name in backends.BACKENDS if _serves(name, metafunc.module.OP)])
+        names = getattr(metafunc.module, "BACKENDS", backends.BACKENDS)
+        metafunc.parametrize("backend", [name for name in names if _serves(name, metafunc.module.OP)])
 
 
 def _serves(name: str, op: str) -> bool:

@@ -136,35 +136,38 @@ def case(backend, batch=1, heads=(1, 1), lengths=(3, 3), d=2, tangent_rows=None,
 LEFT_PADDING = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool).view(3, 1, 1, 4)
 
 
-@every_check(
-    full={"heads": (2, 2)},
-    causal={"batch": 2, "lengths": (4, 4), "d": 1, "causal": True},
-    grouped_few_queries={"heads": (4, 2), "lengths": (2, 4), "causal": True},
-    shared_many_queries={"heads": (3, 1), "lengths": (4, 2), "causal": True},
-    cross={"batch": 2, "lengths": (2, 5), "d": 3, "scale": -0.7},
-    padded={"batch": 3, "heads": (2, 1), "seqlens": (3, 0, 2)},
-    padded_causal={"batch": 2, "lengths": (4, 4), "causal": True, "seqlens": (2, 4)},
-    padded_keys={"batch": 3, "lengths": (2, 4), "causal": True, "seqlens": (4, 0, 1)},
-    one_key={"lengths": (2, 1), "d": 3},
-    peaked={"lengths": (3, 4), "d": 3, "scale": 40.0},
-    window={"lengths": (4, 4), "window": 2},
-    window_causal_grouped={"heads": (2, 1), "lengths": (5, 5), "window": 3, "causal": True},
-    window_few_queries={"lengths": (2, 5), "window": 2},
-    window_many_queries={"batch": 2, "lengths": (5, 2), "window": 1, "causal": True, "seqlens": (2, 1)},
-    softcap={"lengths": (3, 4), "softcap": 0.8, "scale": 1.5},
-    softcap_bias_causal_grouped={"heads": (4, 2), "lengths": (3, 3), "softcap": 1.3, "bias": (1, 4, 3, 3),
-                                 "causal": True},
-    packed={"heads": (2, 1), "lengths": (5, 5), "cu_seqlens": (0, 2, 2, 4)},
-    packed_causal={"lengths": (5, 5), "cu_seqlens": (0, 2, 2, 4), "causal": True},
-    packed_other_keys={"lengths": (4, 5), "cu_seqlens": (0, 1, 4), "cu_seqlens_k": (0, 3, 4), "causal": True},
-    packed_window_bias={"lengths": (5, 5), "cu_seqlens": (0, 4, 5), "window": 2, "bias": (1, 1, 1, 5)},
-    mask={"batch": 2, "heads": (2, 1), "lengths": (2, 3), "mask": (2, 2, 2, 3)},
-    left_padding_causal={"batch": 3, "lengths": (4, 4), "mask": LEFT_PADDING, "causal": True},
-    bias={"batch": 2, "heads": (2, 2), "bias": (1, 2, 3, 3)},
-    bias_of_keys={"batch": 2, "heads": (2, 1), "lengths": (2, 4), "bias": (2, 1, 1, 4), "mask": (1, 2, 2, 4)},
-    dropout={"lengths": (3, 4), "dropout": 0.4, "dropout_seed": 5},
-    dropout_grouped_window={"heads": (4, 2), "dropout": 0.3, "dropout_seed": 2**32 - 1, "window": 2},
-    dropout_softcap_causal={"dropout": 0.3, "dropout_seed": 1, "softcap": 0.9, "causal": True})
+CASES = {
+    "full": {"heads": (2, 2)},
+    "causal": {"batch": 2, "lengths": (4, 4), "d": 1, "causal": True},
+    "grouped_few_queries": {"heads": (4, 2), "lengths": (2, 4), "causal": True},
+    "shared_many_queries": {"heads": (3, 1), "lengths": (4, 2), "causal": True},
+    "cross": {"batch": 2, "lengths": (2, 5), "d": 3, "scale": -0.7},
+    "padded": {"batch": 3, "heads": (2, 1), "seqlens": (3, 0, 2)},
+    "padded_causal": {"batch": 2, "lengths": (4, 4), "causal": True, "seqlens": (2, 4)},
+    "padded_keys": {"batch": 3, "lengths": (2, 4), "causal": True, "seqlens": (4, 0, 1)},
+    "one_key": {"lengths": (2, 1), "d": 3},
+    "peaked": {"lengths": (3, 4), "d": 3, "scale": 40.0},
+    "window": {"lengths": (4, 4), "window": 2},
+    "window_causal_grouped": {"heads": (2, 1), "lengths": (5, 5), "window": 3, "causal": True},
+    "window_few_queries": {"lengths": (2, 5), "window": 2},
+    "window_many_queries": {"batch": 2, "lengths": (5, 2), "window": 1, "causal": True, "seqlens": (2, 1)},
+    "softcap": {"lengths": (3, 4), "softcap": 0.8, "scale": 1.5},
+    "softcap_bias_causal_grouped": {"heads": (4, 2), "lengths": (3, 3), "softcap": 1.3, "bias": (1, 4, 3, 3),
+                                    "causal": True},
+    "packed": {"heads": (2, 1), "lengths": (5, 5), "cu_seqlens": (0, 2, 2, 4)},
+    "packed_causal": {"lengths": (5, 5), "cu_seqlens": (0, 2, 2, 4), "causal": True},
+    "packed_other_keys": {"lengths": (4, 5), "cu_seqlens": (0, 1, 4), "cu_seqlens_k": (0, 3, 4), "causal": True},
+    "packed_window_bias": {"lengths": (5, 5), "cu_seqlens": (0, 4, 5), "window": 2, "bias": (1, 1, 1, 5)},
+    "mask": {"batch": 2, "heads": (2, 1), "lengths": (2, 3), "mask": (2, 2, 2, 3)},
+    "left_padding_causal": {"batch": 3, "lengths": (4, 4), "mask": LEFT_PADDING, "causal": True},
+    "bias": {"batch": 2, "heads": (2, 2), "bias": (1, 2, 3, 3)},
+    "bias_of_keys": {"batch": 2, "heads": (2, 1), "lengths": (2, 4), "bias": (2, 1, 1, 4), "mask": (1, 2, 2, 4)},
+    "dropout": {"lengths": (3, 4), "dropout": 0.4, "dropout_seed": 5},
+    "dropout_grouped_window": {"heads": (4, 2), "dropout": 0.3, "dropout_seed": 2**32 - 1, "window": 2},
+    "dropout_softcap_causal": {"dropout": 0.3, "dropout_seed": 1, "softcap": 0.9, "causal": True}}
+
+
+@every_check(**CASES)
 def test_guarantees(check, options, backend):
     check(case(backend, **options))
 

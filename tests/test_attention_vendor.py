@@ -7,14 +7,11 @@ import torch
 from second_order import (
     CHECKS,
     assert_close,
-    check_layouts,
     check_needs,
     check_precision,
     check_values,
-    derivatives,
     every_check,
     narrow_dtypes,
-    random_like,
     refused,
 )
 from test_attention import case
@@ -31,7 +28,8 @@ SERVED = {"full": {"heads": (2, 2)}, "causal": {"batch": 2, "lengths": (4, 4), "
 
 
 def vendor_case(first_order="cpu_flash", **options):
-    flags = {name: value for name, value in options.items() if name not in ("batch", "heads", "lengths", "d", "seqlens")}
+    shape = ("batch", "heads", "lengths", "d", "seqlens")
+    flags = {name: value for name, value in options.items() if name not in shape}
     return replace(case(None, **options),
                    op=lambda *x, **aux: attention(*x, **aux, **flags, first_order=first_order))
 

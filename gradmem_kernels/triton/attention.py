@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from gradmem_kernels.triton import attention_kernels as kernels
-from gradmem_kernels.triton.attention_configs import HEAD_DIMS, Config, choose
+from gradmem_kernels.triton.attention_configs import HEAD_DIMS, MAX_HEAD_DIM, Config, choose, dtype_class
 from gradmem_kernels.triton.common import (
     accumulator,
     architecture,
@@ -37,9 +37,14 @@ _STATISTICS_ROWS = 32
 
 def refusal(q: Tensor | None = None, *_: Tensor | None) -> str | None:
     """Why these kernels cannot serve such tensors; ``None`` if they can."""
-    if q is not None and q.shape[-1] > HEAD_DIMS[-1]:
-        return f"head dimension {q.shape[-1]}; the Triton kernels take at most {HEAD_DIMS[-1]}"
-    return refusal_of(q)
+    reason = refusal_of(q)
+    if q is None or reason is not None:
+        return reason
+    most = MAX_HEAD_DIM[dtype_class(q.dtype)] if q.is_cuda else HEAD_DIMS[-1]
+    if q.shape[-1] > most:
+        remedy = "; torch.set_float32_matmul_precision('high') allows 256" if most < HEAD_DIMS[-1] else ""
+        return f"head dimension {q.shape[-1]}; the Triton kernels take at most {most} in {q.dtype}{remedy}"
+    return None
 
 
 def forward(x, aux, **options):
@@ -111,7 +116,7 @@ class _Call:
             "ACC": accumulator(q.dtype), "PRECISION": dot_precision(q.dtype)}
 
     def config(self, name: str) -> Config:
-        return choose(name, self.q.dtype, self.q.shape[-1], architecture(self.q))
+        return choose(name, dtype_class(self.q.dtype), self.q.shape[-1], architecture(self.q))
 
     def run(self, name: str, kernel: Any, span: tuple[int, int], heads: int, **arguments: Any) -> None:
         """Runs a kernel on the rows ``span`` of ``heads`` heads of each sample."""

@@ -1,5 +1,5 @@
-"""Tiles, warps and stages of the attention kernels: one shipped configuration for each kernel, dtype class, class of
-head dimensions and architecture, with the device and date it was measured on.
+"""Tiles, warps and stages of the attention kernels: one shipped configuration for each kernel, class of dtypes, class
+of head dimensions and architecture, with the device and date it was measured on.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["CONFIGS", "HEAD_DIMS", "KERNELS", "Config", "Key", "choose", "override"]
+__all__ = ["CONFIGS", "DTYPES", "HEAD_DIMS", "KERNELS", "MAX_HEAD_DIM", "Config", "Key", "choose", "dtype_class",
+           "override"]
 
 #: The largest head dimension of each class; each is padded to a power of two.
 HEAD_DIMS = (32, 64, 128, 256)
 KERNELS = ("forward", "dual_forward", "backward_queries", "backward_keys", "dual_backward_queries",
            "dual_backward_keys")
+
+
+#: bfloat16 and float16; float32 whose products may be TF32; float32 in full.
+DTYPES = ("half", "tf32", "float32")
+#: Full float32 takes three TF32 products for each, whose factors fit in registers up to here.
+MAX_HEAD_DIM = {"half": 256, "tf32": 256, "float32": 64}
 
 
 class Config(NamedTuple):
@@ -33,7 +40,7 @@ class Config(NamedTuple):
 
 class Key(NamedTuple):
     kernel: str
-    #: "half" (bfloat16 and float16) or "float32".
+    #: Of DTYPES.
     dtype: str
     head_dim: int
     architecture: str
@@ -66,30 +73,42 @@ CONFIGS: Mapping[Key, Config] = {
     Key("backward_keys", "half", 256, "sm_90"): Config(32, 32, 4, 1),
     Key("dual_backward_queries", "half", 256, "sm_90"): Config(32, 32, 4, 1),
     Key("dual_backward_keys", "half", 256, "sm_90"): Config(32, 32, 4, 1, apart=True),
-    Key("forward", "float32", 32, "sm_90"): Config(128, 64, 8, 3),
-    Key("dual_forward", "float32", 32, "sm_90"): Config(128, 64, 8, 3),
-    Key("backward_queries", "float32", 32, "sm_90"): Config(128, 64, 8, 3),
-    Key("backward_keys", "float32", 32, "sm_90"): Config(128, 64, 8, 3),
-    Key("dual_backward_queries", "float32", 32, "sm_90"): Config(128, 64, 8, 3),
-    Key("dual_backward_keys", "float32", 32, "sm_90"): Config(128, 32, 8, 3),
-    Key("forward", "float32", 64, "sm_90"): Config(128, 64, 8, 3),
-    Key("dual_forward", "float32", 64, "sm_90"): Config(128, 64, 8, 1),
-    Key("backward_queries", "float32", 64, "sm_90"): Config(128, 64, 8, 3),
-    Key("backward_keys", "float32", 64, "sm_90"): Config(128, 64, 8, 3),
-    Key("dual_backward_queries", "float32", 64, "sm_90"): Config(128, 64, 8, 1),
-    Key("dual_backward_keys", "float32", 64, "sm_90"): Config(128, 32, 8, 3),
-    Key("forward", "float32", 128, "sm_90"): Config(128, 64, 8, 2),
-    Key("dual_forward", "float32", 128, "sm_90"): Config(128, 32, 8, 1),
-    Key("backward_queries", "float32", 128, "sm_90"): Config(128, 64, 8, 1),
-    Key("backward_keys", "float32", 128, "sm_90"): Config(128, 64, 8, 3),
-    Key("dual_backward_queries", "float32", 128, "sm_90"): Config(64, 16, 4, 1),
-    Key("dual_backward_keys", "float32", 128, "sm_90"): Config(32, 32, 4, 1, apart=True),
-    Key("forward", "float32", 256, "sm_90"): Config(128, 32, 8, 1),
-    Key("dual_forward", "float32", 256, "sm_90"): Config(32, 32, 4, 1),
-    Key("backward_queries", "float32", 256, "sm_90"): Config(64, 32, 4, 1),
-    Key("backward_keys", "float32", 256, "sm_90"): Config(32, 32, 4, 1),
-    Key("dual_backward_queries", "float32", 256, "sm_90"): Config(16, 16, 4, 1),
-    Key("dual_backward_keys", "float32", 256, "sm_90"): Config(16, 16, 4, 1, apart=True),
+    Key("forward", "tf32", 32, "sm_90"): Config(128, 64, 8, 3),
+    Key("dual_forward", "tf32", 32, "sm_90"): Config(128, 64, 8, 3),
+    Key("backward_queries", "tf32", 32, "sm_90"): Config(128, 64, 8, 3),
+    Key("backward_keys", "tf32", 32, "sm_90"): Config(128, 64, 8, 3),
+    Key("dual_backward_queries", "tf32", 32, "sm_90"): Config(128, 64, 8, 3),
+    Key("dual_backward_keys", "tf32", 32, "sm_90"): Config(128, 32, 8, 3),
+    Key("forward", "tf32", 64, "sm_90"): Config(128, 64, 8, 3),
+    Key("dual_forward", "tf32", 64, "sm_90"): Config(128, 64, 8, 1),
+    Key("backward_queries", "tf32", 64, "sm_90"): Config(128, 64, 8, 3),
+    Key("backward_keys", "tf32", 64, "sm_90"): Config(128, 64, 8, 3),
+    Key("dual_backward_queries", "tf32", 64, "sm_90"): Config(128, 64, 8, 1),
+    Key("dual_backward_keys", "tf32", 64, "sm_90"): Config(128, 32, 8, 3),
+    Key("forward", "tf32", 128, "sm_90"): Config(128, 64, 8, 2),
+    Key("dual_forward", "tf32", 128, "sm_90"): Config(128, 32, 8, 1),
+    Key("backward_queries", "tf32", 128, "sm_90"): Config(128, 64, 8, 1),
+    Key("backward_keys", "tf32", 128, "sm_90"): Config(128, 64, 8, 3),
+    Key("dual_backward_queries", "tf32", 128, "sm_90"): Config(64, 16, 4, 1),
+    Key("dual_backward_keys", "tf32", 128, "sm_90"): Config(32, 32, 4, 1, apart=True),
+    Key("forward", "tf32", 256, "sm_90"): Config(128, 32, 8, 1),
+    Key("dual_forward", "tf32", 256, "sm_90"): Config(32, 32, 4, 1),
+    Key("backward_queries", "tf32", 256, "sm_90"): Config(64, 32, 4, 1),
+    Key("backward_keys", "tf32", 256, "sm_90"): Config(32, 32, 4, 1),
+    Key("dual_backward_queries", "tf32", 256, "sm_90"): Config(16, 16, 4, 1),
+    Key("dual_backward_keys", "tf32", 256, "sm_90"): Config(16, 16, 4, 1, apart=True),
+    Key("forward", "float32", 32, "sm_90"): Config(64, 32, 4, 1),
+    Key("dual_forward", "float32", 32, "sm_90"): Config(64, 32, 4, 1),
+    Key("backward_queries", "float32", 32, "sm_90"): Config(64, 32, 4, 1),
+    Key("backward_keys", "float32", 32, "sm_90"): Config(64, 32, 4, 1),
+    Key("dual_backward_queries", "float32", 32, "sm_90"): Config(64, 32, 4, 1),
+    Key("dual_backward_keys", "float32", 32, "sm_90"): Config(16, 16, 4, 1),
+    Key("forward", "float32", 64, "sm_90"): Config(64, 32, 4, 1),
+    Key("dual_forward", "float32", 64, "sm_90"): Config(32, 16, 4, 1),
+    Key("backward_queries", "float32", 64, "sm_90"): Config(64, 32, 4, 1),
+    Key("backward_keys", "float32", 64, "sm_90"): Config(64, 32, 4, 1),
+    Key("dual_backward_queries", "float32", 64, "sm_90"): Config(16, 16, 4, 1),
+    Key("dual_backward_keys", "float32", 64, "sm_90"): Config(16, 16, 4, 1),
     Key("forward", "half", 32, "sm_80"): Config(128, 128, 8, 2),
     Key("dual_forward", "half", 32, "sm_80"): Config(128, 64, 8, 3),
     Key("backward_queries", "half", 32, "sm_80"): Config(128, 64, 8, 3),
@@ -114,30 +133,42 @@ CONFIGS: Mapping[Key, Config] = {
     Key("backward_keys", "half", 256, "sm_80"): Config(32, 32, 4, 1),
     Key("dual_backward_queries", "half", 256, "sm_80"): Config(16, 16, 4, 1),
     Key("dual_backward_keys", "half", 256, "sm_80"): Config(16, 16, 4, 1, apart=True),
-    Key("forward", "float32", 32, "sm_80"): Config(128, 64, 8, 3),
-    Key("dual_forward", "float32", 32, "sm_80"): Config(128, 32, 8, 3),
-    Key("backward_queries", "float32", 32, "sm_80"): Config(128, 64, 8, 3),
-    Key("backward_keys", "float32", 32, "sm_80"): Config(128, 64, 8, 3),
-    Key("dual_backward_queries", "float32", 32, "sm_80"): Config(128, 64, 8, 1),
-    Key("dual_backward_keys", "float32", 32, "sm_80"): Config(64, 32, 4, 2),
-    Key("forward", "float32", 64, "sm_80"): Config(128, 64, 8, 2),
-    Key("dual_forward", "float32", 64, "sm_80"): Config(64, 16, 4, 1),
-    Key("backward_queries", "float32", 64, "sm_80"): Config(128, 32, 8, 3),
-    Key("backward_keys", "float32", 64, "sm_80"): Config(64, 32, 4, 2),
-    Key("dual_backward_queries", "float32", 64, "sm_80"): Config(64, 16, 4, 1),
-    Key("dual_backward_keys", "float32", 64, "sm_80"): Config(32, 32, 4, 1),
-    Key("forward", "float32", 128, "sm_80"): Config(128, 32, 8, 1),
-    Key("dual_forward", "float32", 128, "sm_80"): Config(32, 32, 4, 1),
-    Key("backward_queries", "float32", 128, "sm_80"): Config(64, 32, 4, 1),
-    Key("backward_keys", "float32", 128, "sm_80"): Config(64, 16, 4, 1),
-    Key("dual_backward_queries", "float32", 128, "sm_80"): Config(16, 16, 4, 1),
-    Key("dual_backward_keys", "float32", 128, "sm_80"): Config(16, 16, 4, 1, apart=True),
-    Key("forward", "float32", 256, "sm_80"): Config(32, 32, 4, 1),
-    Key("dual_forward", "float32", 256, "sm_80"): Config(16, 16, 4, 1),
-    Key("backward_queries", "float32", 256, "sm_80"): Config(32, 16, 4, 1),
-    Key("backward_keys", "float32", 256, "sm_80"): Config(16, 16, 4, 1),
-    Key("dual_backward_queries", "float32", 256, "sm_80"): Config(16, 16, 4, 1),
-    Key("dual_backward_keys", "float32", 256, "sm_80"): Config(16, 16, 4, 1, apart=True),
+    Key("forward", "tf32", 32, "sm_80"): Config(128, 64, 8, 3),
+    Key("dual_forward", "tf32", 32, "sm_80"): Config(128, 32, 8, 3),
+    Key("backward_queries", "tf32", 32, "sm_80"): Config(128, 64, 8, 3),
+    Key("backward_keys", "tf32", 32, "sm_80"): Config(128, 64, 8, 3),
+    Key("dual_backward_queries", "tf32", 32, "sm_80"): Config(128, 64, 8, 1),
+    Key("dual_backward_keys", "tf32", 32, "sm_80"): Config(64, 32, 4, 2),
+    Key("forward", "tf32", 64, "sm_80"): Config(128, 64, 8, 2),
+    Key("dual_forward", "tf32", 64, "sm_80"): Config(64, 16, 4, 1),
+    Key("backward_queries", "tf32", 64, "sm_80"): Config(128, 32, 8, 3),
+    Key("backward_keys", "tf32", 64, "sm_80"): Config(64, 32, 4, 2),
+    Key("dual_backward_queries", "tf32", 64, "sm_80"): Config(64, 16, 4, 1),
+    Key("dual_backward_keys", "tf32", 64, "sm_80"): Config(32, 32, 4, 1),
+    Key("forward", "tf32", 128, "sm_80"): Config(128, 32, 8, 1),
+    Key("dual_forward", "tf32", 128, "sm_80"): Config(32, 32, 4, 1),
+    Key("backward_queries", "tf32", 128, "sm_80"): Config(64, 32, 4, 1),
+    Key("backward_keys", "tf32", 128, "sm_80"): Config(64, 16, 4, 1),
+    Key("dual_backward_queries", "tf32", 128, "sm_80"): Config(16, 16, 4, 1),
+    Key("dual_backward_keys", "tf32", 128, "sm_80"): Config(16, 16, 4, 1, apart=True),
+    Key("forward", "tf32", 256, "sm_80"): Config(32, 32, 4, 1),
+    Key("dual_forward", "tf32", 256, "sm_80"): Config(16, 16, 4, 1),
+    Key("backward_queries", "tf32", 256, "sm_80"): Config(32, 16, 4, 1),
+    Key("backward_keys", "tf32", 256, "sm_80"): Config(16, 16, 4, 1),
+    Key("dual_backward_queries", "tf32", 256, "sm_80"): Config(16, 16, 4, 1),
+    Key("dual_backward_keys", "tf32", 256, "sm_80"): Config(16, 16, 4, 1, apart=True),
+    Key("forward", "float32", 32, "sm_80"): Config(64, 32, 4, 1),
+    Key("dual_forward", "float32", 32, "sm_80"): Config(64, 32, 4, 1),
+    Key("backward_queries", "float32", 32, "sm_80"): Config(64, 32, 4, 1),
+    Key("backward_keys", "float32", 32, "sm_80"): Config(64, 32, 4, 1),
+    Key("dual_backward_queries", "float32", 32, "sm_80"): Config(32, 16, 4, 1),
+    Key("dual_backward_keys", "float32", 32, "sm_80"): Config(16, 16, 4, 1),
+    Key("forward", "float32", 64, "sm_80"): Config(64, 32, 4, 1),
+    Key("dual_forward", "float32", 64, "sm_80"): Config(32, 16, 4, 1),
+    Key("backward_queries", "float32", 64, "sm_80"): Config(32, 32, 4, 1),
+    Key("backward_keys", "float32", 64, "sm_80"): Config(32, 32, 4, 1),
+    Key("dual_backward_queries", "float32", 64, "sm_80"): Config(16, 16, 4, 1),
+    Key("dual_backward_keys", "float32", 64, "sm_80"): Config(16, 16, 4, 1),
 }
 
 #: Small tiles, since tests are small; float64 too.
@@ -146,14 +177,21 @@ INTERPRETER = Config(32, 32, 4, 1)
 _overrides: dict[str, Config] = {}
 
 
-def choose(kernel: str, dtype: torch.dtype, head_dim: int, architecture: str) -> Config:
-    """The configuration of a kernel for tensors of this dtype and head dimension."""
+def choose(kernel: str, dtype: str, head_dim: int, architecture: str) -> Config:
+    """The configuration of a kernel for this class of dtypes and this head dimension."""
     if kernel in _overrides:
         return _overrides[kernel]
     if architecture == "interpreter":
         return INTERPRETER
     head_class = next(d for d in HEAD_DIMS if head_dim <= d)
-    return CONFIGS[Key(kernel, "float32" if dtype == torch.float32 else "half", head_class, architecture)]
+    return CONFIGS[Key(kernel, dtype, head_class, architecture)]
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    """The class of a dtype, following PyTorch's float32 matmul precision. (The interpreter's float64 needs none.)"""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from attention_checks import (
 
 from benchmarks.attention import peak_bytes
 from gradmem_kernels import attention
-from gradmem_kernels.triton.attention_configs import CONFIGS, HEAD_DIMS, KERNELS
+from gradmem_kernels.triton.attention_configs import CONFIGS, DTYPES, HEAD_DIMS, KERNELS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory"),
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -65,7 +65,7 @@ def test_every_config(head_dim, precision, monkeypatch):
     assert used == set(KERNELS)
     here = {key for key in CONFIGS if key.architecture == architecture(torch.empty(0, device=DEVICE))}
     assert {key.head_dim for key in here} <= set(HEAD_DIMS)
-    assert {key.dtype for key in here} <= {"half", "float32"}
+    assert {key.dtype for key in here} <= set(DTYPES)
 
 
 @pytest.mark.parametrize("length", [1, 17, 128, 1000, 4096])
