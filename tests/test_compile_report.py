@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from benchmarks import __main__ as command
 from benchmarks import compile_report as report
 from gradmem_kernels.triton import attention
-from gradmem_kernels.triton.attention_configs import CONFIGS, KERNELS, Config, override
+from gradmem_kernels.triton.attention_configs import CONFIGS, KERNELS, Config, Key, override
 from gradmem_kernels.triton.common import INTERPRETED
 
 CONSTRAINTS = (Path(__file__).parent.parent / "constraints.txt").read_text()
@@ -167,14 +167,14 @@ def launches(monkeypatch, dtype, apart):
 
 @needs_compiler
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_builds_are_what_attention_launches(dtype, apart, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+@pytest.mark.parametrize(("dtype", "precision", "dtype_class"), [
+    (torch.bfloat16, "highest", "half"), (torch.float32, "high", "tf32"), (torch.float32, "highest", "float32")])
+def test_builds_are_what_attention_launches(dtype, precision, dtype_class, apart, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     found = launches(monkeypatch, dtype, apart)
     for kernel in report.LAUNCHES:
         config = report.STATISTICS if kernel == "row_statistics" else CONFIG._replace(apart=apart)
-        element = "bf16" if dtype == torch.bfloat16 else "fp32"
-        built = report.source(report.Build("", kernel, element, 64, "sm_90", config))
+        built = report.source(report._build(Key(kernel, dtype_class, 64, "sm_90"), config))
         function, arguments = found[kernel]
         assert built.fn is function
         names = built.fn.arg_names
