@@ -35,7 +35,10 @@ help: ## this list
 demo: $(INSTALLED) ## train a small GradMem, write a context into a memory, answer from the memory alone (runs/demo)
 	$(BIN)/gradmem demo
 
-test: $(INSTALLED) ## all tests
+test: $(INSTALLED) ## all tests, those of Triton kernels in its interpreter
+	@if $(BIN)/python -c 'import triton' 2>/dev/null; then set -x; \
+	  TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/interpreter; \
+	else echo 'Triton has no wheel for this platform: its kernels are not tested'; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 lint: $(INSTALLED) ## ruff and mypy

@@ -114,6 +114,8 @@ def _refusal(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> str | No
     if (name, op) not in _loaded and (
             importlib.util.find_spec(module) is None or importlib.util.find_spec(f"{module}.{op}") is None):
         return f"this version has no {name} kernels for {op}"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it has wheels for Linux on x86-64 and arm64"
     refusal = getattr(_load(name, op), "refusal", None)
     return refusal(*tensors) if refusal is not None else None
 

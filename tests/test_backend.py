@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -61,6 +62,14 @@ def test_a_named_backend_that_cannot_serve_raises_and_says_why(name, reason, ker
 def test_a_backend_without_kernels_of_the_op_says_so():
     with pytest.raises(BackendError, match="this version has no triton kernels for no_such_op"):
         select("no_such_op", "triton")
+
+
+def test_a_platform_without_triton_says_so(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    with pytest.raises(BackendError, match="'triton' cannot serve this call: Triton is not installed"):
+        select("attention", "triton")
+    assert select("attention", None).__name__ == "gradmem_kernels.reference.attention"
 
 
 @pytest.mark.parametrize("name", ["cuda", "Reference"])

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import gradmem_kernels
 from gradmem_kernels import backend
+from gradmem_kernels.vendor.attention import DEFAULTS
 
 __all__ = ["doctor"]
 
@@ -41,6 +42,9 @@ def doctor(console: Console) -> None:
         for choice in backend.explain(torch.zeros(1, device=device)):
             table.add_row(*choice)
         console.print(table)
+        if backend.requested() is None:
+            first_order = DEFAULTS.get(device.partition(":")[0], "own")
+            console.print(f"attention's first order on {device}: {first_order} where it serves")
 
 
 def _version(name: str) -> str:
