@@ -202,6 +202,7 @@ EAGER = Provider("eager", partial(_sdpa, (SDPBackend.MATH,), tangents=True), MOD
 PROVIDERS = (
     EAGER,
     Provider("gradmem", _gradmem, MODES),
+    Provider("gradmem-own", partial(_gradmem, first_order="own"), FIRST_ORDER),
     Provider("gradmem-triton", partial(_gradmem, backend="triton", first_order="own"), MODES),
     Provider("flash", partial(_sdpa, (SDPBackend.FLASH_ATTENTION,)), FIRST_ORDER),
     Provider("cudnn", partial(_sdpa, (SDPBackend.CUDNN_ATTENTION,)), FIRST_ORDER),

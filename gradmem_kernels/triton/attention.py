@@ -190,7 +190,9 @@ def _forward_launch(q, k, v, q_t, k_t, v_t, o, lse, *aux_and_options):
     known, dual = o is not None, out[1].dim() > 1
     call = _Call(q, k, *aux_and_options)
     (q, q_t), (k, k_t), (v, v_t) = map(one_layout, (q, k, v), (q_t, k_t, v_t))
-    o, o_t = one_layout(o if known else out[0], out[1] if dual else None)
+    o, o_t = o if known else out[0], out[1] if dual else None
+    if known and o.stride() != o_t.stride():  # a vendor's output has a layout of its own
+        o = torch.empty_like(o_t).copy_(o)
     call.run("dual_forward" if dual else "forward", kernels.forward_kernel, (0, q.shape[2]), q.shape[1],
              p_q=q, p_k=k, p_v=v, p_qt=q_t, p_kt=k_t, p_vt=v_t, p_o=o, p_ot=o_t, p_lse=lse if known else out[2],
              p_mu=out[3] if dual else None, p_rows=call.packed_queries(), s_q=strides(q), s_k=strides(k),

@@ -88,7 +88,7 @@ CONFIGS: Mapping[Key, Config] = {
     Key("forward", "tf32", 128, "sm_90"): Config(128, 64, 8, 2),
     Key("dual_forward", "tf32", 128, "sm_90"): Config(128, 32, 8, 1),
     Key("backward_queries", "tf32", 128, "sm_90"): Config(128, 64, 8, 1),
-    Key("backward_keys", "tf32", 128, "sm_90"): Config(128, 64, 8, 3),
+    Key("backward_keys", "tf32", 128, "sm_90"): Config(128, 64, 8, 2),
     Key("dual_backward_queries", "tf32", 128, "sm_90"): Config(64, 16, 4, 1),
     Key("dual_backward_keys", "tf32", 128, "sm_90"): Config(32, 32, 4, 1, apart=True),
     Key("forward", "tf32", 256, "sm_90"): Config(128, 32, 8, 1),

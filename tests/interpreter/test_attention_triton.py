@@ -35,6 +35,7 @@ from test_attention import (  # noqa: F401 - run here too
     test_tangents_outside_their_rows_are_not_read,
 )
 
+from gradmem_kernels import attention
 from gradmem_kernels import backend as backends
 from gradmem_kernels.backend import BackendError
 from gradmem_kernels.triton import attention_configs as table
@@ -150,6 +151,15 @@ def test_layouts_that_differ_between_primal_and_tangent(backend):
     assert x_t[0].stride() != moved[0].stride()
     for a, b in zip(one.run_dual(*one.inputs, *moved), one.run_dual(*one.inputs, *x_t), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_output_of_a_vendor_may_have_another_layout():
+    """Flash attention's output is laid out row by row; the double backward reads it, and writes its tangent."""
+    x = case("triton", batch=2, heads=(2, 2), lengths=(5, 5), d=3).inputs
+    a, u = random_like(x[0]), tuple(map(random_like, x))
+    vendor, own = (derivatives(lambda *x, first=first: attention(*x, causal=True, backend="triton", first_order=first),
+                               x, a, u).named() for first in ("cpu_flash", "own"))
+    assert_close(vendor, own)
 
 
 def test_head_dimensions_beyond_256_are_refused():
