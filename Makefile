@@ -49,8 +49,9 @@ bench: $(INSTALLED) ## a benchmark suite: make bench SUITE="memory --quick"
 	$(BIN)/python -m benchmarks $(SUITE)
 
 compile-report: $(INSTALLED) $(OLD_TRITON)/.installed ## what the Triton kernels compile to, against the tables
-	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m benchmarks compile-report $(REPORT)
-	$(BIN)/python -m benchmarks compile-report $(REPORT)
+	@# both, whatever the first finds
+	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m benchmarks compile-report $(REPORT); old=$$?; \
+	$(BIN)/python -m benchmarks compile-report $(REPORT) && exit $$old
 
 gpu-attention: $(GPU_READY) ## on a GPU: tests and benchmarks of attention, most telling first
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'

@@ -210,12 +210,18 @@ def _constants(build: Build) -> dict[str, Any]:
             "OTHER": build.config.other, **build.feature.flags}
 
 
-def compile_build(build: Build) -> Line:
-    """Compiles, through Triton's own cache, and reads the binary."""
-    config = build.config
-    options = {"num_warps": config.warps} | ({"num_stages": config.stages} if config.stages else {})
+def _compile(build: Build) -> Any:
+    """Compiles, through Triton's own cache."""
+    stages = {"num_stages": build.config.stages} if build.config.stages else {}
     target = GPUTarget("cuda", int(build.architecture.removeprefix("sm_")), 32)
-    compiled = triton.compile(source(build), target=target, options=options)
+    return triton.compile(source(build), target=target, options={"num_warps": build.config.warps, **stages})
+
+
+def compile_build(build: Build) -> Line | None:
+    """Compiles, and reads the binary; not that of a feature, since disassembling takes longer than Triton's cache."""
+    config, compiled = build.config, _compile(build)
+    if build.feature.name:
+        return None
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -295,7 +301,8 @@ def _changes(name: str, line: Line, committed: Mapping[str, Line]) -> Iterator[s
 
 def _compile_all(builds: Sequence[Build], jobs: int, console: Console) -> tuple[dict[str, Line], list[str]]:
     """The lines by name in the order of ``builds``, and what did not compile."""
-    lines, failed = {}, []
+    lines: dict[str, Line | None] = {}
+    failed = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool, Progress(console=console) as bar:
         task = bar.add_task(f"compiling with Triton {triton.__version__}", total=len(builds))
@@ -309,7 +316,7 @@ def _compile_all(builds: Sequence[Build], jobs: int, console: Console) -> tuple[
             except Exception as error:  # whatever the compiler raises, about this build only
                 failed.append(f"{build.name}: does not compile: {type(error).__name__}: {str(error).strip()[-500:]}")
             bar.advance(task)
-    return {build.name: lines[build.name] for build in builds if build.name in lines}, failed
+    return {build.name: line for build in builds if (line := lines.get(build.name)) is not None}, failed
 
 
 def table(lines: Mapping[str, Line]) -> Table:
@@ -350,7 +357,6 @@ def _report(args: argparse.Namespace, console: Console) -> int:
         listed, features = [build for build in listed if build.name.endswith(" half d64 sm_90")], []
         committed = {build.name: committed[build.name] for build in listed if build.name in committed}
     lines, problems = _compile_all([*listed, *features], args.jobs, console)
-    lines = {build.name: lines[build.name] for build in listed if build.name in lines}
     console.print(table(lines))
     if args.update and not problems:
         console.print(f"written: {write_table(version, lines)}")
