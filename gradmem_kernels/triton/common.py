@@ -109,7 +109,9 @@ def define(name: str, schema: str, launch: Callable[..., tuple[Tensor, ...]], me
     names = [argument.name for argument in op._schema.arguments]
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        if any(isinstance(d, int) for n, d in zip(names, in_dims, strict=True) if n in shared):
+        # dropout follows the place in the batch, which is the same for every mapped call
+        if dict(zip(names, args, strict=True)).get("dropout") or any(
+                isinstance(d, int) for n, d in zip(names, in_dims, strict=True) if n in shared):
             return _one_by_one(op, info.batch_size, in_dims, args)
         batch = next(t.movedim(d, 0).shape[1] for t, d in zip(args, in_dims, strict=True) if isinstance(d, int))
         folded = [_fold(t, d, info.batch_size, batch, n in broadcast)
