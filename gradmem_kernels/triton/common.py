@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "accumulator", "architecture", "define", "dot_precision", "like", "on_device", "refusal",
-           "rows_dense", "strides"]
+__all__ = ["INTERPRETED", "accumulator", "architecture", "define", "dot_precision", "like", "on_device", "one_by_one",
+           "one_layout", "refusal", "rows_dense", "strides"]
 
 #: Whether kernels run in Triton's interpreter; fixed when they are decorated.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -95,11 +95,13 @@ def strides(t: Tensor | None) -> tuple[int, int, int]:
 
 
 def define(name: str, schema: str, launch: Callable[..., tuple[Tensor, ...]], meta: Callable[..., tuple[Tensor, ...]],
-           shared: Collection[str] = (), broadcast: Collection[str] = ()) -> Callable[..., tuple[Tensor, ...]]:
+           shared: Collection[str] = (), broadcast: Collection[str] = (),
+           mapped: Callable[..., tuple[Any, Any]] | None = None) -> Callable[..., tuple[Tensor, ...]]:
     """Registers ``gradmem::name`` and returns it.
 
     ``meta`` gives its outputs unwritten. Under vmap the mapped dimension is folded into the batch, the first dimension
-    of every tensor but those named in ``shared``; those in ``broadcast`` may have a batch of 1.
+    of every tensor but those named in ``shared``; those in ``broadcast`` may have a batch of 1. An op for which this
+    does not do brings a rule of its own, ``mapped(op, size, in_dims, arguments by name) -> outputs, out_dims``.
     """
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, launch, "CPU")
@@ -109,10 +111,12 @@ def define(name: str, schema: str, launch: Callable[..., tuple[Tensor, ...]], me
     names = [argument.name for argument in op._schema.arguments]
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if mapped is not None:
+            return mapped(op, info.batch_size, in_dims, dict(zip(names, args, strict=True)))
         # dropout follows the place in the batch, which is the same for every mapped call
         if dict(zip(names, args, strict=True)).get("dropout") or any(
                 isinstance(d, int) for n, d in zip(names, in_dims, strict=True) if n in shared):
-            return _one_by_one(op, info.batch_size, in_dims, args)
+            return one_by_one(op, info.batch_size, in_dims, args)
         batch = next(t.movedim(d, 0).shape[1] for t, d in zip(args, in_dims, strict=True) if isinstance(d, int))
         folded = [_fold(t, d, info.batch_size, batch, n in broadcast)
                   if isinstance(t, Tensor) and n not in shared else t
@@ -137,8 +141,9 @@ def _fold(t: Tensor, dim: int | None, size: int, batch: int, broadcast: bool) ->
     return t.flatten(0, 1)
 
 
-def _one_by_one(op: Callable[..., tuple[Tensor, ...]], size: int, in_dims: tuple[int | None, ...],
-                args: tuple[Any, ...]) -> tuple[Any, Any]:
+def one_by_one(op: Callable[..., tuple[Tensor, ...]], size: int, in_dims: Sequence[int | None],
+               args: Sequence[Any]) -> tuple[Any, Any]:
+    """A rule for vmap: a call for each of the ``size`` mapped entries."""
     outs = [op(*(t.select(d, i) if isinstance(d, int) else t for t, d in zip(args, in_dims, strict=True)))
             for i in range(size)]
     return tuple(map(torch.stack, zip(*outs, strict=True))), (0,) * len(outs[0])
