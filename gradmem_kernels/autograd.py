@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from gradmem_kernels.ranges import named_range
+
 __all__ = ["HigherOrderError", "Kernels", "LinearOp", "Op", "Tensors", "last_derivative"]
 
 Tensors = tuple[Tensor | None, ...]
@@ -92,7 +94,8 @@ class Op:
     @torch.compiler.disable
     def __call__(self, kernels: Kernels, x: Tensors, aux: Tensors = (), **options: Any) -> tuple[Tensor, ...]:
         """The outputs ``y``, differentiable twice in every entry of ``x``."""
-        return _Forward.apply(_Call(self, kernels, options), *x, *aux)[: len(self.y)]
+        with named_range(self.name):
+            return _Forward.apply(_Call(self, kernels, options), *x, *aux)[: len(self.y)]
 
     @torch.compiler.disable
     def dual(self, kernels: Kernels, x: Tensors, x_t: Tensors, aux: Tensors = (),
@@ -101,7 +104,8 @@ class Op:
         if all(t is None for t in x_t):
             y = self(kernels, x, aux, **options)
             return y, tuple(torch.zeros_like(o) for o in y)
-        out = _DualForward.apply(_Call(self, kernels, options), *x, *x_t, *aux)
+        with named_range(f"{self.name}_dual"):
+            out = _DualForward.apply(_Call(self, kernels, options), *x, *x_t, *aux)
         n = len(self.y)
         return out[:n], out[n : 2 * n]
 
@@ -114,6 +118,11 @@ class _Call:
     kernels: Kernels
     options: Mapping[str, Any]
     needs: Flags = ()  # of a backward: the inputs that need a cotangent
+
+    def run(self, kernel: str, *args: Any) -> Any:
+        """The result of one of the kernels."""
+        with named_range(self.op.name, kernel):
+            return getattr(self.kernels, kernel)(*args, **self.options)
 
     def kept(self, x: Tensors, y: Tensors) -> tuple[Tensors, Tensors]:
         flags = self.op.keeps_x(x, self.options)
@@ -187,7 +196,7 @@ class _Forward(Function):
     @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, aux = _split(flat, len(call.op.x))
-        y, saved = call.kernels.forward(x, aux, **call.options)
+        y, saved = call.run("forward", x, aux)
         return (*y, *saved)
 
     @staticmethod
@@ -240,7 +249,7 @@ class _Backward(Function):
     @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, aux, y, saved, y_bar = _Backward._parts(call.op, flat)
-        return _select(call.kernels.backward(x, aux, y, saved, y_bar, call.needs, **call.options), call.needs)
+        return _select(call.run("backward", x, aux, y, saved, y_bar, call.needs), call.needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -280,10 +289,10 @@ class _Backward(Function):
             x, aux, y, saved, y_bar, y_bar_t, x_t = _split(
                 tensors, n_x, n_aux, n_y, len(tensors) - 2 * n_x - n_aux - 3 * n_y, n_y, n_y)
             if all(t is None for t in x_t):
-                return _select(call.kernels.backward(x, aux, y, saved, y_bar_t, needs, **call.options), needs)
-            y, y_t, saved = call.kernels.dual_forward(x, aux, x_t, **call.options)
-            x_bar, _ = call.kernels.dual_backward(
-                x, aux, x_t, y, y_t, saved, y_bar_t, y_bar, needs, (False,) * n_x, **call.options)
+                return _select(call.run("backward", x, aux, y, saved, y_bar_t, needs), needs)
+            y, y_t, saved = call.run("dual_forward", x, aux, x_t)
+            x_bar, _ = call.run("dual_backward", x, aux, x_t, y, y_t, saved, y_bar_t, y_bar, needs,
+                                (False,) * n_x)
             return _select(x_bar, needs)
 
         return last_derivative(op.name, compute, *ctx.saved_tensors, *y_bar_t, *x_t)
@@ -292,16 +301,15 @@ class _Backward(Function):
 def _double_backward(call: _Call, x: Tensors, aux: Tensors, x_t: Tensors, y: Tensors, saved: Tensors, y_bar: Tensors,
                      needs: Flags) -> tuple[Tensors, Tensors]:
     """``d/de backward(x + e * x_t; y_bar)`` and ``y_t``."""
-    kernels, options = call.kernels, call.options
-    fused = getattr(kernels, "double_backward", None)
-    if fused is not None:
-        return fused(x, aux, x_t, y, saved, y_bar, needs, **options)
-    y, y_t, saved = kernels.dual_forward(x, aux, x_t, **options)
-    if not any(needs):
-        return (None,) * len(x), y_t
-    x_bar, _ = kernels.dual_backward(x, aux, x_t, y, y_t, saved, (None,) * len(y), y_bar, needs, (False,) * len(x),
-                                     **options)
-    return x_bar, y_t
+    if hasattr(call.kernels, "double_backward"):
+        return call.run("double_backward", x, aux, x_t, y, saved, y_bar, needs)
+    with named_range(call.op.name, "double_backward"):
+        y, y_t, saved = call.run("dual_forward", x, aux, x_t)
+        if not any(needs):
+            return (None,) * len(x), y_t
+        x_bar, _ = call.run("dual_backward", x, aux, x_t, y, y_t, saved, (None,) * len(y), y_bar, needs,
+                            (False,) * len(x))
+        return x_bar, y_t
 
 
 class _DualForward(Function):
@@ -313,7 +321,7 @@ class _DualForward(Function):
     @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, x_t, aux = _split(flat, len(call.op.x), len(call.op.x))
-        y, y_t, saved = call.kernels.dual_forward(x, aux, x_t, **call.options)
+        y, y_t, saved = call.run("dual_forward", x, aux, x_t)
         return (*y, *y_t, *saved)
 
     @staticmethod
@@ -340,8 +348,7 @@ class _DualForward(Function):
         @_in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
             y_bar, y_t_bar, x, aux, x_t, y, y_t, saved = _split(tensors, n_y, n_y, n_x, n_aux, n_x, n_y, n_y)
-            x_bar, x_t_bar = call.kernels.dual_backward(
-                x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, **call.options)
+            x_bar, x_t_bar = call.run("dual_backward", x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t)
             return (*_select(x_bar, needs), *_select(x_t_bar, needs_t))
 
         out = last_derivative(f"{op.name}_dual", compute, *bars, *ctx.saved_tensors)
@@ -398,7 +405,21 @@ class LinearOp:
     @torch.compiler.disable
     def __call__(self, forward: Callable[..., Tensor], transpose: Callable[..., Tensor], x: Tensor,
                  *aux: Tensor) -> Tensor:
-        return _Linear.apply(forward, transpose, x, *aux)
+        with named_range(self.name):
+            return _Linear.apply(_Map(self.name, "forward", forward), _Map(self.name, "transpose", transpose), x, *aux)
+
+
+@dataclass(frozen=True, eq=False)
+class _Map:
+    """A linear map of an op, by its name."""
+
+    op: str
+    kernel: str
+    function: Callable[..., Tensor]
+
+    def __call__(self, x: Tensor, *aux: Tensor) -> Tensor:
+        with named_range(self.op, self.kernel):
+            return self.function(x, *aux)
 
 
 class _Linear(Function):
@@ -406,7 +427,7 @@ class _Linear(Function):
 
     @staticmethod
     @_in_own_dtype
-    def forward(forward: Callable[..., Tensor], transpose: Callable[..., Tensor], x: Tensor, *aux: Tensor) -> Tensor:
+    def forward(forward: _Map, transpose: _Map, x: Tensor, *aux: Tensor) -> Tensor:
         return forward(x, *aux)
 
     @staticmethod

@@ -15,6 +15,7 @@ from gradmem_kernels.autograd import last_derivative
 from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
 from gradmem_kernels.closure import ClosedOver
 from gradmem_kernels.inner_sgd import inner_sgd
+from gradmem_kernels.ranges import named_range
 
 __all__ = ["WriteOutput", "write"]
 
@@ -95,7 +96,7 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
     second_from = 0 if second_order_steps is None else max(0, steps - second_order_steps)
     outer_grad = torch.is_grad_enabled()
 
-    with torch.inference_mode(False), torch.set_grad_enabled(outer_grad):
+    with named_range("write"), torch.inference_mode(False), torch.set_grad_enabled(outer_grad):
         gradient = _Gradient(loss_fn, params, steps, recompute, outer_grad)
         state = tuple(t.clone() if t.is_inference() else t for t in tensors)
         if order == "none":
@@ -105,15 +106,17 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
             state = tuple(update.init(state))
         losses, norms = [], []
         for k in range(steps):
-            loss, grads = gradient(state[: len(tensors)], order == "second" and k >= second_from)
-            losses.append(loss)
-            norms.append(_sample_norms(grads))
-            with torch.set_grad_enabled(outer_grad and order != "none"):
-                if update is None:
-                    state = tuple(inner_sgd(m, g, _rate(rates[i], k, m), clip_value=clip_value, clip_norm=clip_norm)
-                                  for i, (m, g) in enumerate(zip(state, grads, strict=True)))
-                else:
-                    state = _checked_state(update(state, grads, k), tensors)
+            with named_range("write step", k):
+                loss, grads = gradient(k, state[: len(tensors)], order == "second" and k >= second_from)
+                losses.append(loss)
+                norms.append(_sample_norms(grads))
+                with torch.set_grad_enabled(outer_grad and order != "none"):
+                    if update is None:
+                        state = tuple(
+                            inner_sgd(m, g, _rate(rates[i], k, m), clip_value=clip_value, clip_norm=clip_norm)
+                            for i, (m, g) in enumerate(zip(state, grads, strict=True)))
+                    else:
+                        state = _checked_state(update(state, grads, k), tensors)
     written = state[: len(tensors)] if isinstance(memory, tuple) else state[0]
     none = tensors[0].new_zeros(0, tensors[0].shape[0])
     return WriteOutput(written, torch.stack(losses) if losses else none, torch.stack(norms) if norms else none)
@@ -139,7 +142,8 @@ class _Gradient:
         elif outer_grad and recompute != "none":
             self.closed_over = ClosedOver(loss_fn, params)
 
-    def __call__(self, memory: tuple[Tensor, ...], second: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def __call__(self, k: int, memory: tuple[Tensor, ...], second: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss ``[B]`` and the gradient of step ``k``."""
         if self.outer_grad and self.recompute == "none":
             return self._keep_graph(memory, second)
         replay = _Replay(memory[0].device, rng=not self.has_dual)
@@ -152,7 +156,7 @@ class _Gradient:
             grads = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
         if not self.outer_grad:
             return loss.detach(), grads
-        step = _Step(self, replay, self.params, self.inner_params, [loss.detach(), *grads])
+        step = _Step(k, self, replay, self.params, self.inner_params, [loss.detach(), *grads])
         loss, *attached = _RunStep.apply(step, *memory, *self.params)
         return loss, tuple(g if second else g.detach() for g in attached)
 
@@ -174,6 +178,7 @@ class _Gradient:
 class _Step(NamedTuple):
     """What the recomputation of a step needs besides its memory; ``values`` is emptied as they are handed out."""
 
+    k: int
     gradient: _Gradient
     replay: _Replay
     params: tuple[Tensor, ...]
@@ -226,7 +231,8 @@ class _RunStep(Function):
             return (None,) * (1 + len(needs))
 
         def compute(loss_bar: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-            return ctx.step.cotangents(cast(Sequence[Tensor], rest[n : 2 * n]), needs, loss_bar, rest[:n])
+            with named_range("outer backward step", ctx.step.k):
+                return ctx.step.cotangents(cast(Sequence[Tensor], rest[n : 2 * n]), needs, loss_bar, rest[:n])
 
         # the params too, so that a further derivative is refused whatever it is taken by
         found = iter(last_derivative("write", compute, loss_bar, *grad_bars, *ctx.saved_tensors))

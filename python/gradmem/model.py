@@ -24,6 +24,7 @@ from gradmem.memory import Memory, Provenance, context_hash
 from gradmem.tasks.batch import IGNORE
 from gradmem_kernels import Prefix, PrefixLoss, WriteOutput, write
 from gradmem_kernels.checks import Checker
+from gradmem_kernels.ranges import named_range
 
 __all__ = ["GradMem", "GradMemOutput"]
 
@@ -168,8 +169,10 @@ class GradMem(nn.Module):
         check_lengths(check, "query_lengths", query_lengths, ("B", "n")[: query_ids.ndim - 1], query_ids.shape[-1])
         if eos_token_id is not None:
             check_count(check, "eos_token_id", eos_token_id, 0)
-        ids = generation.greedy(self.backbone, self._prefix(memory.tensor), query_ids.view(len(query_ids), -1,
-                                query_ids.shape[-1]), query_lengths.flatten(), max_new_tokens, eos_token_id)
+        rows = query_ids.view(len(query_ids), -1, query_ids.shape[-1])
+        with named_range("read generate"):
+            ids = generation.greedy(self.backbone, self._prefix(memory.tensor), rows, query_lengths.flatten(),
+                                    max_new_tokens, eos_token_id)
         return ids.view(*query_ids.shape[:-1], max_new_tokens)
 
     @property
@@ -206,18 +209,21 @@ class GradMem(nn.Module):
         cfg, outer_grad = self.config, torch.is_grad_enabled()
         # inference tensors cannot take part in the inner gradient
         with torch.inference_mode(False), torch.set_grad_enabled(outer_grad):
-            labels = ids = _tracked(ids)
-            if lengths is not None:
-                padding = torch.arange(ids.shape[1], device=ids.device) >= lengths.unsqueeze(1)
-                labels = ids.masked_fill(padding, IGNORE)
-            head = self.backbone.head_weight if self.write_head is None else self.write_head
-            embeds = self.backbone.embed_tokens(ids)
-            loss_fn = PrefixLoss(self.backbone.decoder, self.write_prefix, embeds, labels, head)
-            memory = _at_least_float32(self.memory_init).expand(len(ids), -1, -1)
+            with named_range("write prepare"):
+                loss_fn = self._write_loss(_tracked(ids), lengths)
+                memory = _at_least_float32(self.memory_init).expand(len(ids), -1, -1)
             last = None if cfg.second_order_steps is None else min(cfg.second_order_steps, steps)
             return write(loss_fn, memory, steps=steps, lr=self._inner_lr(steps), order=cfg.order,
                          second_order_steps=last, recompute=cfg.recompute, clip_value=cfg.inner_clip_value,
                          clip_norm=cfg.inner_clip_norm)
+
+    def _write_loss(self, ids: Tensor, lengths: Tensor | None) -> PrefixLoss:
+        labels = ids
+        if lengths is not None:
+            padding = torch.arange(ids.shape[1], device=ids.device) >= lengths.unsqueeze(1)
+            labels = ids.masked_fill(padding, IGNORE)
+        head = self.backbone.head_weight if self.write_head is None else self.write_head
+        return PrefixLoss(self.backbone.decoder, self.write_prefix, self.backbone.embed_tokens(ids), labels, head)
 
     def _inner_lr(self, steps: int) -> float | Tensor:
         if self.inner_lr_scale is None:
@@ -230,12 +236,13 @@ class GradMem(nn.Module):
 
     def _logits(self, memory: Tensor, query_ids: Tensor) -> Tensor:
         """Logits of each query token and of the one after the last: ``[..., T + 1, V]`` for ``query_ids [..., T]``."""
-        prefix, embeds = self._prefix(memory), self.backbone.embed_tokens(_tracked(query_ids))
-        if query_ids.ndim == 3:
-            prefix = prefix.repeat_interleave(query_ids.shape[1], 0)
-        rows = torch.cat([prefix, embeds.flatten(0, -3)], 1)
-        hidden = self.backbone.decoder(rows, start=prefix.shape[1] - 1)
-        return F.linear(hidden, self.backbone.head_weight).view(*query_ids.shape[:-1], query_ids.shape[-1] + 1, -1)
+        with named_range("read"):
+            prefix, embeds = self._prefix(memory), self.backbone.embed_tokens(_tracked(query_ids))
+            if query_ids.ndim == 3:
+                prefix = prefix.repeat_interleave(query_ids.shape[1], 0)
+            rows = torch.cat([prefix, embeds.flatten(0, -3)], 1)
+            hidden = self.backbone.decoder(rows, start=prefix.shape[1] - 1)
+            return F.linear(hidden, self.backbone.head_weight).view(*query_ids.shape[:-1], query_ids.shape[-1] + 1, -1)
 
     def _loss(self, logits: Tensor, labels: Tensor, inner_losses: Tensor) -> Tensor:
         total = F.cross_entropy(_at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORE,

@@ -21,6 +21,7 @@ from gradmem.experiment import Experiment, TrainConfig
 from gradmem.metrics import MetricsLog
 from gradmem.model import GradMemOutput
 from gradmem.tasks import JsonlTask, exact_match
+from gradmem_kernels.ranges import named_range
 
 __all__ = ["CHECKPOINT", "METRICS", "Trainer", "learning_rate"]
 
@@ -96,7 +97,8 @@ class Trainer:
         first = state.step
         with _signals() as caught:
             while state.step < config.max_steps and not self._good_enough() and not caught:
-                entry = self._step()
+                with named_range("train step", state.step):
+                    entry = self._step()
                 if state.step % config.log_every == 0:
                     self.metrics.append(entry)
                 if state.step % config.eval_every == 0:
@@ -120,17 +122,20 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         state, config, started = self.state, self.config, time.perf_counter()
         level = state.level
-        batch = self.task.batch(state.step, config.batch_size, queries=config.queries, level=level).to(self.device)
+        with named_range("data"):
+            batch = self.task.batch(state.step, config.batch_size, queries=config.queries, level=level).to(self.device)
         lr = learning_rate(config, state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         out = self.model(batch.context_ids, batch.query_ids, batch.labels, batch.context_lengths)
         loss = _finite("loss", out.loss, state.step)
-        out.loss.backward()
+        with named_range("outer backward"):
+            out.loss.backward()
         norm = _finite("norm of the gradient",
                        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip), state.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with named_range("optimizer step"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         match = exact_match(out.logits, batch).float().mean().item()
         self._advance(match)
         return {"step": state.step, "loss": loss, **self._parts(out, loss), "exact_match": match,
@@ -153,7 +158,8 @@ class Trainer:
             state.level, state.average = state.level + 1, 0.0
 
     def _evaluate(self) -> None:
-        result = evaluate(self.model, self.task, self.config.eval_samples)
+        with named_range("evaluate"):
+            result = evaluate(self.model, self.task, self.config.eval_samples)
         self.metrics.append({"step": self.state.step, "held_out_loss": result.loss,
                              "held_out_exact_match": result.exact_match})
 
