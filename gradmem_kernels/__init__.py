@@ -8,7 +8,7 @@ from gradmem_kernels.decoder import Decoder, DecoderConfig
 from gradmem_kernels.gelu import gelu, gelu_dual
 from gradmem_kernels.inner_sgd import inner_sgd, inner_sgd_dual
 from gradmem_kernels.layer_norm import layer_norm, layer_norm_dual
-from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual
+from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual, logits_budget
 from gradmem_kernels.prefix import Prefix, PrefixLoss
 from gradmem_kernels.ranges import profile_ranges
 from gradmem_kernels.rms_norm import rms_norm, rms_norm_dual
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError", "BackendError", "Decoder", "DecoderConfig", "HigherOrderError", "Prefix", "PrefixLoss",
     "WriteOutput", "attention", "attention_dual", "gelu", "gelu_dual", "inner_sgd", "inner_sgd_dual", "layer_norm",
-    "layer_norm_dual", "linear_cross_entropy", "linear_cross_entropy_dual", "profile_ranges", "rms_norm",
-    "rms_norm_dual", "rotary", "rotary_dual", "rotary_tables", "swiglu", "swiglu_dual", "use_backend", "write",
+    "layer_norm_dual", "linear_cross_entropy", "linear_cross_entropy_dual", "logits_budget", "profile_ranges",
+    "rms_norm", "rms_norm_dual", "rotary", "rotary_dual", "rotary_tables", "swiglu", "swiglu_dual", "use_backend",
+    "write",
 ]

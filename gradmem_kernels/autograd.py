@@ -68,6 +68,10 @@ class Kernels(Protocol):
                       **options: Any) -> tuple[Tensors, Tensors]:
         """Returns ``x_bar, x_t_bar``."""
 
+    # Kernels of an op that is called with early= (see Op) take it as an option: of forward and backward, flags of the
+    # inputs; of the dual pair, flags of the inputs and of their tangents. The forward kernel computes the cotangents
+    # of those already and ends saved with them. The option is absent where saved has none.
+
     # A backend may also have double_backward(x, aux, x_t, y, saved, y_bar, needs, **options) -> x_bar, y_t, which
     # shares the work of the pair that otherwise serves the double backward; see _double_backward.
 
@@ -82,6 +86,9 @@ class Op:
 
     ``keeps_x(x, options)`` tells which inputs the backward kernels read, ``keeps_y`` whether they read the outputs:
     what they do not read is not kept alive.
+
+    A call with ``early`` flags has the forward kernel compute cotangents of these inputs (and, of the dual op, then
+    their tangents) already, where that spares the backward kernel more work. They serve the first derivative alone.
     """
 
     name: str
@@ -92,20 +99,21 @@ class Op:
     keeps_y: bool = False
 
     @torch.compiler.disable
-    def __call__(self, kernels: Kernels, x: Tensors, aux: Tensors = (), **options: Any) -> tuple[Tensor, ...]:
+    def __call__(self, kernels: Kernels, x: Tensors, aux: Tensors = (), *, early: Flags = (),
+                 **options: Any) -> tuple[Tensor, ...]:
         """The outputs ``y``, differentiable twice in every entry of ``x``."""
         with named_range(self.name):
-            return _Forward.apply(_Call(self, kernels, options), *x, *aux)[: len(self.y)]
+            return _Forward.apply(_Call(self, kernels, options, early=early), *x, *aux)[: len(self.y)]
 
     @torch.compiler.disable
-    def dual(self, kernels: Kernels, x: Tensors, x_t: Tensors, aux: Tensors = (),
+    def dual(self, kernels: Kernels, x: Tensors, x_t: Tensors, aux: Tensors = (), *, early: Flags = (),
              **options: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The outputs and their tangents along ``x_t``, differentiable once in ``x`` and ``x_t``."""
         if all(t is None for t in x_t):
-            y = self(kernels, x, aux, **options)
+            y = self(kernels, x, aux, early=early[: len(x)], **options)
             return y, tuple(torch.zeros_like(o) for o in y)
         with named_range(f"{self.name}_dual"):
-            out = _DualForward.apply(_Call(self, kernels, options), *x, *x_t, *aux)
+            out = _DualForward.apply(_Call(self, kernels, options, early=early), *x, *x_t, *aux)
         n = len(self.y)
         return out[:n], out[n : 2 * n]
 
@@ -118,11 +126,13 @@ class _Call:
     kernels: Kernels
     options: Mapping[str, Any]
     needs: Flags = ()  # of a backward: the inputs that need a cotangent
+    early: Flags = ()  # those whose cotangents the forward kernel computes
 
-    def run(self, kernel: str, *args: Any) -> Any:
+    def run(self, kernel: str, *args: Any, early: Flags = ()) -> Any:
         """The result of one of the kernels."""
+        options = {**self.options, "early": early} if any(early) else self.options
         with named_range(self.op.name, kernel):
-            return getattr(self.kernels, kernel)(*args, **self.options)
+            return getattr(self.kernels, kernel)(*args, **options)
 
     def kept(self, x: Tensors, y: Tensors) -> tuple[Tensors, Tensors]:
         flags = self.op.keeps_x(x, self.options)
@@ -196,7 +206,7 @@ class _Forward(Function):
     @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, aux = _split(flat, len(call.op.x))
-        y, saved = call.run("forward", x, aux)
+        y, saved = call.run("forward", x, aux, early=call.early)
         return (*y, *saved)
 
     @staticmethod
@@ -226,7 +236,7 @@ class _Forward(Function):
     def jvp(ctx: Any, _: None, *flat_t: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op = ctx.call, ctx.call.op
         x, aux = _split(ctx.saved_tensors, len(op.x))
-        out = _DualForward.apply(call, *x, *flat_t[: len(op.x)], *aux)
+        out = _DualForward.apply(replace(call, early=()), *x, *flat_t[: len(op.x)], *aux)
         n = len(op.y)
         return (*out[n : 2 * n], *(None,) * ctx.n_saved)
 
@@ -249,7 +259,7 @@ class _Backward(Function):
     @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, aux, y, saved, y_bar = _Backward._parts(call.op, flat)
-        return _select(call.run("backward", x, aux, y, saved, y_bar, call.needs), call.needs)
+        return _select(call.run("backward", x, aux, y, saved, y_bar, call.needs, early=call.early), call.needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -321,7 +331,7 @@ class _DualForward(Function):
     @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, x_t, aux = _split(flat, len(call.op.x), len(call.op.x))
-        y, y_t, saved = call.run("dual_forward", x, aux, x_t)
+        y, y_t, saved = call.run("dual_forward", x, aux, x_t, early=call.early)
         return (*y, *y_t, *saved)
 
     @staticmethod
@@ -348,7 +358,8 @@ class _DualForward(Function):
         @_in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
             y_bar, y_t_bar, x, aux, x_t, y, y_t, saved = _split(tensors, n_y, n_y, n_x, n_aux, n_x, n_y, n_y)
-            x_bar, x_t_bar = call.run("dual_backward", x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t)
+            x_bar, x_t_bar = call.run("dual_backward", x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t,
+                                      early=call.early)
             return (*_select(x_bar, needs), *_select(x_t_bar, needs_t))
 
         out = last_derivative(f"{op.name}_dual", compute, *bars, *ctx.saved_tensors)

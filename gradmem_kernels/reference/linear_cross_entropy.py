@@ -1,132 +1,363 @@
-"""Linear cross-entropy kernels: the logits z = h W^T + c of a chunk of rows at a time. Derivation and names:
-docs/linear_cross_entropy.md."""
+"""Linear cross-entropy kernels: sweeps over the rows that hold the logits z = h W^T + c of one chunk of them at a time.
+Derivation and names: docs/linear_cross_entropy.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import repeat
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gradmem_kernels.reference.common import add, add_, addmm_, cast, mul_, rows, sub_, sum_rows, wide
+from gradmem_kernels.autograd import Flags, Tensors
+from gradmem_kernels.checks import Checker, check_values
+from gradmem_kernels.reference.common import add_, addcmul_, addmm_, cast, is_wrapped, mul_, rows, sub_, wide
 
-#: Elements of one chunk of logits. Kernels hold at most three tensors of that size.
-LOGITS = 2**24
-
-
-def forward(x, aux, *, ignore_index):
-    loss, _, (lse, _) = dual_forward(x, aux, (None,) * 3, ignore_index=ignore_index)
-    return loss, (lse,)
+HALF = (torch.float16, torch.bfloat16)
+NONE, NO = (None,) * 3, (False,) * 3
 
 
-def backward(x, aux, y, saved, y_bar, needs, *, ignore_index):
-    none = (None,) * 3
-    x_bar, _ = dual_backward(x, aux, none, y, (None,), (*saved, None), y_bar, (None,), needs, (False,) * 3,
-                             ignore_index=ignore_index)
-    return x_bar
+def forward(x, aux, *, early=NO, **options):
+    """``early``: the inputs whose cotangents the sweep computes already, kept behind ``lse``. Those of weight and bias
+    are for the announced cotangent ``aux[1]``, hidden's is for a cotangent of 1."""
+    sweep = _Sweep(x, NONE, aux[0], aux[1], None, early, NO, unit=True, **options)
+    loss, _, lse, _ = _forward_sweep(sweep)
+    return (loss,), (lse, *sweep.early(early + NO))
 
 
-def dual_forward(x, aux, x_t, *, ignore_index):
-    label, share = _targets(aux[0], ignore_index)
-    losses, losses_t, lses, mus = [], [], [], []
-    for _, _, z, z_t, index in _chunks(x, x_t, label):
-        z_max = z.amax(-1, keepdim=True)
-        z_label = z.gather(-1, index)
-        p = z.sub_(z_max).exp_()
-        p_sum = p.sum(-1, keepdim=True)
-        lses.append(z_max + p_sum.log())
-        losses.append(lses[-1] - z_label)
-        if z_t is not None:
-            # row_t = mu - z_t[label],  mu = sum(P * z_t)
-            mus.append(mul_(p, z_t).sum(-1, keepdim=True) / p_sum)
-            losses_t.append(mus[-1] - z_t.gather(-1, index))
-    loss, loss_t = (None if t is None else _mean(t, share) for t in (_join(losses), _join(losses_t)))
-    return (loss,), (loss_t,), (_join(lses), _join(mus))
+def backward(x, aux, y, saved, y_bar, needs, *, early=NO, **options):
+    lse, *known = saved
+    known, rest = _by_flags(known, early), _less(needs, early)
+    if early[0] and needs[0]:
+        known[0] = known[0] * wide(y_bar[0])[:, None, None]
+    if needs[1:] != rest[1:]:
+        known[1:] = _scaled(known[1:], y_bar, aux[1:2])
+    sweep = _Sweep(x, NONE, aux[0], *y_bar, None, rest, NO, **options)
+    return _select(x, known, _backward_sweep(sweep, lse, None)[:3], needs)
 
 
-def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, ignore_index):
-    lse, mu = saved
-    label, share = _targets(aux[0], ignore_index)
-    # cotangents of the rows' losses and of their tangents
-    a, b = (None if g is None else (share.to(g.dtype) * g.unsqueeze(-1)).view(-1, 1) for g in (*y_bar, *y_t_bar))
-    if b is None or not any(needs):
-        x_t = (None,) * 3
-    w, w_t = wide(x[1]), wide(x_t[1])
-    uses_dz_t = b is not None and (any(needs_t) or (needs[0] and w_t is not None) or (needs[1] and x_t[0] is not None))
-
-    dh, dh_t = [], []
-    dw = dw_t = dc = dc_t = None
-    for h, h_t, z, z_t, index, lse_, mu_, a_, b_ in _chunks(x, x_t, label, lse, mu, a, b):
-        p = sub_(z, lse_).exp_()
-        # P_t = P * (z_t - mu)
-        p_t = None if z_t is None else mul_(sub_(z_t, mu_), p)
-        # dz_t = b * (P - 1[label]),  dz = a * (P - 1[label]) + b * P_t
-        dz_t = _less_label(p * b_, index, b_) if uses_dz_t else None
-        dz = None if a_ is None else _less_label(mul_(p, a_), index, a_)
-        if p_t is not None:
-            dz = add_(dz, mul_(p_t, b_))
-
-        if needs[0]:
-            dh.append(addmm_(addmm_(None, dz, w), dz_t, w_t))
-        if needs[1]:
-            dw = _outer(_outer(dw, dz, h), dz_t, h_t)
-        if needs[2]:
-            dc = add(dc, sum_rows(dz))
-        if needs_t[0]:
-            dh_t.append(addmm_(None, dz_t, w))
-        if needs_t[1]:
-            dw_t = _outer(dw_t, dz_t, h)
-        if needs_t[2]:
-            dc_t = add(dc_t, sum_rows(dz_t))
-    return (_select(x, (_join(dh), dw, dc), needs), _select(x, (_join(dh_t), dw_t, dc_t), needs_t))
+def dual_forward(x, aux, x_t, *, early=NO + NO, **options):
+    """``early``: the inputs and tangents whose cotangents, for those announced in ``aux[1:]``, the sweep computes
+    already, kept behind ``mu``."""
+    sweep = _Sweep(x, x_t, *aux, early[:3], early[3:], **options)
+    loss, loss_t, lse, mu = _forward_sweep(sweep)
+    return (loss,), (loss_t,), (lse, mu, *sweep.early(early))
 
 
-def _chunks(x, x_t, *columns: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """For a chunk of rows at a time: h, h_t, z, z_t and the chunks of ``columns``, [B * S, 1] each."""
-    (_, weight, bias), (_, weight_t, bias_t) = map(wide, x), map(wide, x_t)
-    size = max(1, LOGITS // weight.shape[0])
-    parts = [repeat(None) if t is None else t.split(size) for t in (rows(x[0]), rows(x_t[0]), *columns)]
-    for h, h_t, *rest in zip(*parts, strict=False):
-        h, h_t = wide(h), wide(h_t)
-        z = F.linear(h, weight, bias)
+def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, early=NO + NO, **options):
+    lse, mu, *known = saved
+    needs = needs + needs_t
+    known, rest = _by_flags(known, early), _less(needs, early)
+    if needs != rest:
+        known = _scaled(known, y_bar + y_t_bar, aux[1:])
+    if y_t_bar[0] is None or not any(rest[:3]):
+        x_t = NONE
+    sweep = _Sweep(x, x_t, aux[0], *y_bar, *y_t_bar, rest[:3], rest[3:], **options)
+    both = _select(x + x, known, _backward_sweep(sweep, lse, mu), needs)
+    return both[:3], both[3:]
+
+
+def double_backward(x, aux, x_t, y, saved, y_bar, needs, **options):
+    """In one sweep: the cotangent of loss_t is there before it."""
+    sweep = _Sweep(x, x_t, aux[0], None, *y_bar, needs, NO, **options)
+    _, loss_t, _, _ = _forward_sweep(sweep)
+    return _select(x, NONE, sweep.totals()[:3], needs), (loss_t,)
+
+
+def bytes_per_row(weight: Tensor, tangents: bool) -> int:
+    """The most that a sweep holds at once of tensors as wide as the logits, for each row: z and z_t, in whose place all
+    others are computed, and where products take half precision, copies in that."""
+    size = wide(weight.new_empty(0)).element_size() + (weight.element_size() if weight.dtype in HALF else 0)
+    return weight.shape[0] * size * (2 if tangents else 1)
+
+
+def _forward_sweep(sweep):
+    """Loss, loss_t, lse and mu."""
+    stats = [_forward_chunk(sweep, part) for part in sweep.parts]
+    row, row_t, lse, mu = (sweep.put(column) for column in zip(*stats, strict=True))
+    return _mean(row, sweep.shares), _mean(row_t, sweep.shares), lse, mu
+
+
+def _forward_chunk(sweep, part):
+    chunk = sweep.logits(part)
+    z, z_t = chunk.z, chunk.z_t
+    z_max, z_label = z.amax(-1, keepdim=True), z.gather(-1, part.label)
+    p = z.sub_(z_max).exp_()
+    p_sum = p.sum(-1, keepdim=True)
+    lse = z_max + p_sum.log()
+    mu = row_t = None
+    if z_t is not None or sweep.wanted:
+        p.div_(p_sum)
+    if z_t is not None:
+        # row_t = mu - z_t[label],  mu = sum(P * z_t),  P_t = P * (z_t - mu)
+        z_t_label = z_t.gather(-1, part.label)
+        p_t = mul_(z_t, p)
+        mu = p_t.sum(-1, keepdim=True)
+        row_t = mu - z_t_label
+        if sweep.wanted:
+            chunk = chunk._replace(z_t=addcmul_(p_t, p, -mu))
+    if sweep.wanted:
+        sweep.add(part, chunk)
+    return lse - z_label, row_t, lse, mu
+
+
+def _backward_sweep(sweep, lse, mu):
+    """The cotangents that are needed, from the rows' statistics."""
+    if sweep.wanted and not (sweep.a is None and sweep.b is None):
+        for part in sweep.parts:
+            _backward_chunk(sweep, part, lse, mu)
+    return sweep.totals()
+
+
+def _backward_chunk(sweep, part, lse, mu):
+    chunk = sweep.logits(part)
+    p = sub_(chunk.z, lse[part.where]).exp_()
+    p_t = None if chunk.z_t is None else mul_(sub_(chunk.z_t, mu[part.where]), p)
+    sweep.add(part, chunk._replace(z=p, z_t=p_t))
+
+
+class _Part(NamedTuple):
+    """Some of the ``B * S`` rows."""
+
+    where: Tensor | slice
+    #: [m, 1]: 0 for a row that does not count, and its share of its sample's loss.
+    label: Tensor
+    share: Tensor
+    #: [m, 1], which rows do not count; None if all do.
+    ignored: Tensor | None
+
+    def take(self, t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """These rows of ``t``, zeros where they do not count, whatever is there."""
+        if t is None:
+            return None
+        t = t[self.where].to(dtype)
+        return t if self.ignored is None else t.masked_fill(self.ignored, 0)
+
+
+class _Chunk(NamedTuple):
+    """The logits of a part, or what is computed in their place; ``pair`` holds both, if both are views of it."""
+
+    h: Tensor
+    h_t: Tensor | None
+    z: Tensor
+    z_t: Tensor | None
+    pair: Tensor | None
+
+
+class _Sweep:
+    """What a sweep reads, and the cotangents of ``x`` and ``x_t`` that add up in it.
+
+    ``a`` and ``b`` are the cotangents of loss and loss_t, [B]; ``unit``: hidden's cotangent is for ``a = 1``.
+    """
+
+    def __init__(self, x, x_t, labels, a, b, needs, needs_t, *, ignore_index, max_counted, budget, unit=False):
+        self.x, self.unit, self.needs, self.needs_t = x, unit, needs, NO if b is None else needs_t
+        self.wanted = any(self.needs + self.needs_t)
+        dtype = _product_dtype(x[1])
+        self.w, self.w_t = (None if t is None else t.to(dtype) for t in (x[1], x_t[1]))
+        self.h, self.h_t, self.c, self.c_t = rows(x[0]), rows(x_t[0]), wide(x[2]), wide(x_t[2])
+        self.a, self.b = (None if g is None else wide(g)[:, None].expand(labels.shape).reshape(-1, 1) for g in (a, b))
+        tangents = any(t is not None for t in x_t)
+        size = max(1, budget // bytes_per_row(self.w, tangents))
+        self.parts, self.shares = _parts(labels, ignore_index, max_counted, size)
+        self.dh, self.dh_t = [], []
+        self.dw = self.dc = self.dw_t = self.dc_t = None
+
+    def logits(self, part: _Part) -> _Chunk:
+        h, h_t = (part.take(t, self.w.dtype) for t in (self.h, self.h_t))
+        z_t = pair = None
+        if h_t is None:
+            z = _mm(h, self.w.mT)
+        else:
+            pair = _mm(torch.cat([h, h_t]), self.w.mT)
+            z, z_t = pair[: len(h)], pair[len(h) :]
+        chunk = _Chunk(h, h_t, z, z_t, pair)
         # z_t = h_t W^T + h W_t^T + c_t
-        z_t = addmm_(addmm_(None, h_t, weight.mT), h, None if weight_t is None else weight_t.mT)
-        if bias_t is not None:
-            z_t = add_(bias_t.expand_as(z).clone(), z_t)
-        yield h, h_t, z, z_t, *rest
+        if self.w_t is not None:
+            z_t = _add_mm(z_t, h, self.w_t.mT)
+        if self.c_t is not None:
+            z_t = self.c_t.expand(z.shape).clone() if z_t is None else add_(z_t, self.c_t)
+        return chunk._replace(z=add_(z, self.c), z_t=z_t)
+
+    def add(self, part: _Part, chunk: _Chunk) -> None:
+        """Adds a chunk, given P and P_t in the place of z and z_t.
+
+        The logits' cotangents are ``r * dz`` and ``r_t * dz_t`` with one factor for each row, so that ``dz`` and
+        ``dz_t``, which may be rounded to half precision, are free of the shares.
+        """
+        share = part.share.to(chunk.z.dtype)
+        a, b = (None if g is None else g[part.where] for g in (self.a, self.b))
+        # P - 1[label]
+        g = _less_one(chunk.z, part.label)
+        if b is None:
+            dz, r = g, share if a is None else share * a
+            dz_t = r_t = pair = None
+        else:
+            dz_t, r_t, dz, r, pair = g, share * b, None, share, None
+            if chunk.z_t is not None:
+                # dz = a * (P - 1[label]) + b * P_t
+                dz = mul_(chunk.z_t, b)
+                dz = dz if a is None else addcmul_(dz, g, a)
+                # a wrapped result was not computed in the place of the logits
+                pair = None if is_wrapped(g) or is_wrapped(dz) else chunk.pair
+        self._add_bias(dz, r, dz_t, r_t)
+        if pair is not None:
+            pair = pair.to(self.w.dtype)
+            dz_t, dz = pair[: len(g)], pair[len(g) :]
+        else:
+            dz_t, dz = (None if t is None else t.to(self.w.dtype) for t in (dz_t, dz))
+        self._add_hidden(dz, share if self.unit else r, dz_t, r_t, pair)
+        self._add_weight(dz, r, dz_t, r_t, pair, chunk.h, chunk.h_t)
+
+    def _add_hidden(self, dz, r, dz_t, r_t, pair):
+        # dh = r * dz W + r_t * dz_t W_t,  dh_t = r_t * dz_t W
+        hidden, hidden_t = self.needs[0], self.needs_t[0]
+        if hidden and hidden_t and pair is not None:
+            dh_t, dh = _mm(pair, self.w).tensor_split(2)
+        else:
+            dh_t, dh = _mm(dz_t, self.w) if hidden_t else None, _mm(dz, self.w) if hidden else None
+        if hidden_t:
+            self.dh_t.append(mul_(dh_t, r_t))
+        if hidden:
+            self.dh.append(add_(mul_(dh, r), None if self.w_t is None or dz_t is None else _mm(dz_t, self.w_t) * r_t))
+
+    def _add_weight(self, dz, r, dz_t, r_t, pair, h, h_t):
+        # dW = sum dz^T (r * h) + dz_t^T (r_t * h_t),  dW_t = sum dz_t^T (r_t * h)
+        weight, weight_t = self.needs[1], self.needs_t[1]
+        if weight and pair is not None:
+            self.dw = _add_mm(self.dw, pair.mT, torch.cat([h_t * r_t, h * r]).to(self.w.dtype))
+        elif weight:
+            self.dw = _add_mm(self.dw, dz.mT, (h * r).to(self.w.dtype))
+            if h_t is not None and dz_t is not None:
+                self.dw = _add_mm(self.dw, dz_t.mT, (h_t * r_t).to(self.w.dtype))
+        if weight_t:
+            self.dw_t = _add_mm(self.dw_t, dz_t.mT, (h * r_t).to(self.w.dtype))
+
+    def _add_bias(self, dz, r, dz_t, r_t):
+        # dc = sum r * dz,  dc_t = sum r_t * dz_t
+        if self.needs[2]:
+            self.dc = add_(self.dc, (dz.mT @ r)[:, 0])
+        if self.needs_t[2]:
+            self.dc_t = add_(self.dc_t, (dz_t.mT @ r_t)[:, 0])
+
+    def put(self, column):
+        """The parts' rows in their places among all rows, zeros elsewhere."""
+        if not column or column[0] is None:
+            return None
+        joined = column[0] if len(column) == 1 else torch.cat(column)
+        where = [part.where for part in self.parts]
+        if isinstance(where[0], slice):
+            return joined
+        return joined.new_zeros(self.shares.numel(), joined.shape[1]).index_copy(0, torch.cat(where), joined)
+
+    def totals(self) -> Tensors:
+        """The cotangents of ``x`` and ``x_t``, in float32 or wider; None where they are not needed, or zero."""
+        x_bar = self.put(self.dh), self.dw, self.dc, self.put(self.dh_t), self.dw_t, self.dc_t
+        return tuple(None if g is None else g.view(t.shape) for t, g in zip(self.x + self.x, x_bar, strict=True))
+
+    def early(self, flags: Flags) -> Tensors:
+        """The flagged ones of them, to be kept; zeros too."""
+        return tuple(wide(torch.zeros_like(t)) if g is None else g
+                     for t, g, flag in zip(self.x + self.x, self.totals(), flags, strict=True) if flag)
 
 
-def _targets(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Column of each row's label, [B * S, 1] (any for an ignored row), and its share of its sample's loss, [B, S]."""
+def _parts(labels: Tensor, ignore_index: int, max_counted: int | None, size: int) -> tuple[list[_Part], Tensor]:
+    """The rows that take logits, ``size`` at a time, and each position's share of its sample's loss, [B, S].
+
+    On a CPU these are the rows that count. Elsewhere nobody can say how many those are without waiting for the device:
+    they are the first ``max_counted`` rows in an order in which those that count come first, or else all rows.
+    """
     counted = labels != ignore_index
-    share = counted / counted.sum(-1, keepdim=True).clamp(min=1).to(torch.float64)
-    return labels.where(counted, 0).reshape(-1, 1), share
+    number = counted.sum(-1, keepdim=True)
+    shares = counted / number.clamp(min=1).to(torch.float64)
+    counted, label, share = (t.reshape(-1, 1) for t in (counted, labels.where(counted, 0), shares))
+    total = labels.numel()
+    where: Tensor | None = None
+    ignored: Tensor | None = ~counted
+    if _may_wait(labels):
+        where, ignored = counted[:, 0].nonzero()[:, 0], None
+        where = None if where.numel() == total else where
+    elif max_counted is not None and max_counted < total and not is_wrapped(labels):
+        where = counted[:, 0].logical_not().to(torch.uint8).argsort(stable=True)[:max_counted]
+        # a wrong bound makes every loss NaN
+        shares = shares.where(number.sum() <= max_counted, torch.nan)
+        share = shares.reshape(-1, 1)
+    count = total if where is None else where.numel()
+    steps = [slice(i, i + size) for i in range(0, max(count, 1), size)]
+    parts = steps if where is None else [where[step] for step in steps]
+    return [_Part(w, label[w], share[w], None if ignored is None else ignored[w]) for w in parts], shares
 
 
-def _mean(row: Tensor, share: Tensor) -> Tensor:
-    # an ignored row adds nothing, even one that is not finite
-    return (row.view(share.shape).masked_fill(share == 0, 0) * share.to(row.dtype)).sum(-1)
+def _may_wait(labels: Tensor) -> bool:
+    """Whether the values of ``labels`` are at hand."""
+    return labels.device.type == "cpu" and not is_wrapped(labels)
 
 
-def _less_label(g: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-    """g - scale * 1[label], in the place of ``g``, which depends on ``scale``, and so on the labels."""
-    return g.scatter_add_(-1, index, -scale)
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What matrix products take: half precision on tensor cores, which add in float32; elsewhere no less than float32,
+    because the sums would be rounded to half precision."""
+    return weight.dtype if weight.dtype in HALF and _has_wide_sums(weight) else wide(weight.new_empty(0)).dtype
 
 
-def _outer(total: Tensor | None, dz: Tensor | None, h: Tensor | None) -> Tensor | None:
-    """total + dz^T h."""
-    return addmm_(total, None if dz is None else dz.mT, h)
+def _has_wide_sums(weight: Tensor) -> bool:
+    """Whether PyTorch multiplies half precision into float32 there."""
+    return weight.device.type == "cuda" and not is_wrapped(weight)
 
 
-def _join(parts: list[Tensor | None]) -> Tensor | None:
-    if not parts or parts[0] is None:
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in float32 for half precision."""
+    if a.dtype not in HALF:
+        return a @ b
+    # vmap has no rule for out_dtype
+    return wide(a) @ wide(b) if is_wrapped(a) or is_wrapped(b) else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _add_mm(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in the place of ``total``, a temporary."""
+    return addmm_(total, a, b) if a.dtype not in HALF else add_(total, _mm(a, b))
+
+
+def _less_one(p: Tensor, label: Tensor) -> Tensor:
+    """p - 1[label], in the place of ``p``."""
+    minus = p.new_full((), -1.0).expand(label.shape)
+    return p.scatter_add(-1, label, minus) if is_wrapped(label) else p.scatter_add_(-1, label, minus)
+
+
+def _mean(row: Tensor | None, shares: Tensor) -> Tensor | None:
+    if row is None:
         return None
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (row.view(shares.shape).masked_fill(shares == 0, 0) * shares.to(row.dtype)).sum(-1)
 
 
-def _select(x, x_bar, needs):
-    """The gradients that are needed, in the shapes and dtypes of ``x``."""
-    return tuple(cast(None if g is None else g.view(t.shape), t) if need else None
-                 for t, g, need in zip(x, x_bar, needs, strict=True))
+def _scaled(known: Sequence[Tensor | None], actual: Tensors, announced: Tensors) -> list[Tensor | None]:
+    """Cotangents for those that were announced, as those for the actual ones.
+
+    They are linear in them, so a common factor is all that the two may differ by. Where looking costs no wait, anything
+    else raises, and elsewhere the result is NaN.
+    """
+    zero = torch.zeros_like(next(g for g in announced if g is not None))
+    y, a = (torch.cat([zero if g is None else g for g in bars]) for bars in (actual, announced))
+    unit = a / a.abs().sum(-1, keepdim=True)
+    factor = ((y * unit).sum(-1) / (a * unit).sum(-1)).masked_fill((a == 0).all(-1), 0)
+    wrong = ((y - factor * a).abs() > 16 * torch.finfo(a.dtype).eps * y.abs()).any(-1)
+    if not is_wrapped(wrong) and check_values(wrong) and bool(wrong):
+        Checker("linear_cross_entropy").fail(
+            "loss_bar", "the cotangents that arrive in the backward pass, or a multiple of them", a.tolist(),
+            f"{y.tolist()} arrived; announce those, or nothing")
+    factor = factor.masked_fill(wrong, torch.nan)
+    return [None if g is None else g * factor for g in known]
+
+
+def _by_flags(values: Sequence[Tensor], flags: Flags) -> list[Tensor | None]:
+    rest = iter(values)
+    return [next(rest) if flag else None for flag in flags]
+
+
+def _less(needs: Flags, early: Flags) -> Flags:
+    return tuple(need and not flag for need, flag in zip(needs, early, strict=True))
+
+
+def _select(x, known, x_bar, needs):
+    """The cotangents that are needed, known or not, in the shapes and dtypes of ``x``."""
+    return tuple(cast(g if k is None else k, t) if need else None
+                 for t, k, g, need in zip(x, known, x_bar, needs, strict=True))
