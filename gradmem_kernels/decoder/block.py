@@ -9,9 +9,10 @@ for both forms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmem_kernels.attention import attention, attention_dual
@@ -25,7 +26,26 @@ from gradmem_kernels.rms_norm import rms_norm, rms_norm_dual
 from gradmem_kernels.rotary import rotary
 from gradmem_kernels.swiglu import swiglu, swiglu_dual
 
-__all__ = ["Block", "LayerNames", "Norm", "make_norm"]
+__all__ = ["Block", "ContextRows", "LayerNames", "Norm", "make_norm"]
+
+
+class ContextRows(NamedTuple):
+    """What the first layer makes of context rows by themselves: no prefix before them changes it.
+
+    Attributes:
+        residual: ``[B, T, D]``, to which the layer's attention is added.
+        q, k, v: ``[B, H, T, d]``, rotated for their positions.
+    """
+
+    residual: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @property
+    def constant(self) -> bool:
+        """Whether nobody asks for their gradients."""
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in self))
 
 
 @dataclass(frozen=True)
@@ -81,18 +101,29 @@ class SelfAttention:
         self.qk_norm = Norm(config) if config.qk_norm else None
         self.scale, self.window = config.attention_scale, config.window(index)
 
-    def forward(self, layer: nn.Module, x: Tensor, rope: Rope | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor, rope: Rope | None, cache: LayerCache | None,
+                context: ContextRows | None) -> Tensor:
         q, k, v = self.project(layer, x, rope)
-        if cache is None:
-            visible: dict[str, Any] = {"causal": True, "window": self.window}
-        else:
+        options: dict[str, Any] = {"causal": True, "window": self.window}
+        if cache is not None:
             k, v = cache.append(k, v)
-            visible = cache.visible(self.window)
-        return self.merge(layer, attention(q, k, v, scale=self.scale, **visible))
+            options = cache.visible(self.window)
+        elif context is not None:
+            rows = (0, q.shape[-2])
+            q, k, v = map(_join_rows, (q, k, v), context[1:])
+            options["grad_rows"] = rows if context.constant else None
+        return self.merge(layer, attention(q, k, v, scale=self.scale, **options))
 
-    def dual(self, layer: nn.Module, x: Tensor, rope: Rope | None) -> Tensor:
+    def dual(self, layer: nn.Module, x: Tensor, rope: Rope | None, context: ContextRows | None) -> Tensor:
         (q, q_t), (k, k_t), (v, v_t) = (t.unbind() for t in self.project(layer, x, rope, dual=True))
-        o = attention_dual(q, k, v, q_t, k_t, v_t, causal=True, window=self.window, scale=self.scale)
+        options: dict[str, Any] = {"causal": True, "window": self.window}
+        if context is not None:
+            rows = (0, q.shape[-2])
+            q, k, v = map(_join_rows, (q, k, v), context[1:])
+            q_t, k_t, v_t = (F.pad(t.transpose(-2, -3), (0, 0, 0, 0, 0, q.shape[-2] - rows[1])).transpose(-2, -3)
+                             for t in (q_t, k_t, v_t))
+            options |= {"tangent_rows": rows, "grad_rows": rows if context.constant else None}
+        o = attention_dual(q, k, v, q_t, k_t, v_t, scale=self.scale, **options)
         return self.merge(layer, torch.stack(o), dual=True)
 
     def project(self, layer: nn.Module, x: Tensor, rope: Rope | None, *,
@@ -166,19 +197,42 @@ class Block(nn.Module):
         """The module whose submodules the block reads."""
         return self if self.layer is None else self.layer
 
-    def forward(self, x: Tensor, rope: Rope | None, cache: LayerCache | None = None) -> Tensor:
-        """``[B, S, D]``; ``rope`` has the rows of ``x``, and is ``None`` where positions are not rotary."""
-        source = self.source
-        first, second = (source.get_submodule(name) for name in (self.names.attention_norm, self.names.mlp_norm))
-        attended = x + self.attention.forward(source, self.norm.forward(first, x), rope, cache)
-        return attended + self.feed_forward.forward(source, self.norm.forward(second, x if self.parallel else attended))
+    def forward(self, x: Tensor, rope: Rope | None, cache: LayerCache | None = None,
+                context: ContextRows | None = None) -> Tensor:
+        """``[B, S, D]``; ``rope`` has the rows of ``x``, and is ``None`` where positions are not rotary.
 
-    def dual(self, x: Tensor, rope: Rope | None) -> Tensor:
-        """The same on stacked primal and tangent, ``[2, B, S, D]``."""
+        With ``context``, made by :meth:`project_context`, ``x`` are the rows before it; the result has both.
+        """
         source = self.source
         first, second = (source.get_submodule(name) for name in (self.names.attention_norm, self.names.mlp_norm))
-        attended = x + self.attention.dual(source, self.norm.dual(first, x), rope)
-        return attended + self.feed_forward.dual(source, self.norm.dual(second, x if self.parallel else attended))
+        attended = self.attention.forward(source, self.norm.forward(first, x), rope, cache, context)
+        if self.parallel:
+            x = x + self.feed_forward.forward(source, self.norm.forward(second, x))
+        if context is not None:
+            x = torch.cat([x, context.residual], -2)
+        x = x + attended
+        return x if self.parallel else x + self.feed_forward.forward(source, self.norm.forward(second, x))
+
+    def dual(self, x: Tensor, rope: Rope | None, context: ContextRows | None = None) -> Tensor:
+        """The same on stacked primal and tangent, ``[2, B, S, D]``; ``context`` has no tangent."""
+        source = self.source
+        first, second = (source.get_submodule(name) for name in (self.names.attention_norm, self.names.mlp_norm))
+        attended = self.attention.dual(source, self.norm.dual(first, x), rope, context)
+        if self.parallel:
+            x = x + self.feed_forward.dual(source, self.norm.dual(second, x))
+        if context is not None:
+            x = torch.cat([x, torch.stack([context.residual, torch.zeros_like(context.residual)])], -2)
+        x = x + attended
+        return x if self.parallel else x + self.feed_forward.dual(source, self.norm.dual(second, x))
+
+    def project_context(self, x: Tensor, rope: Rope | None) -> ContextRows:
+        """What this layer, the first, makes of rows ``x [B, T, D]`` whatever stands before them."""
+        source = self.source
+        first, second = (source.get_submodule(name) for name in (self.names.attention_norm, self.names.mlp_norm))
+        projected = self.attention.project(source, self.norm.forward(first, x), rope)
+        if self.parallel:
+            x = x + self.feed_forward.forward(source, self.norm.forward(second, x))
+        return ContextRows(x, *projected)
 
 
 def make_norm(config: DecoderConfig, size: int, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
@@ -191,6 +245,11 @@ def make_norm(config: DecoderConfig, size: int, device: torch.device | None, dty
 def _linear(layer: nn.Module, name: str, x: Tensor, dual: bool) -> Tensor:
     linear = layer.get_submodule(name)
     return linear_dual(linear, x) if dual else linear(x)
+
+
+def _join_rows(before: Tensor, after: Tensor) -> Tensor:
+    """``[B, H, P, d]`` and ``[B, H, T, d]`` to ``[B, H, P + T, d]``, laid out row by row as projections are."""
+    return torch.cat([before.transpose(-2, -3), after.transpose(-2, -3)], -3).transpose(-2, -3)
 
 
 def _rotate(x: Tensor, rope: Rope) -> Tensor:

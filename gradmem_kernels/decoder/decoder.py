@@ -114,16 +114,15 @@ class Decoder(nn.Module):
         """:meth:`forward` and its tangent along ``inputs_embeds_t``: returns ``hidden, hidden_t``.
 
         With ``checkpoint_layers`` only the ``[2, B, S, D]`` between the layers is kept for the backward pass, which
-        runs each layer's dual form again, with the same random numbers where adapters have dropout.
+        runs each layer's dual form again.
         """
         x = self._check("Decoder.dual", inputs_embeds, start)
         Checker("Decoder.dual").tangent("inputs_embeds_t", inputs_embeds_t, inputs_embeds)
         x, rope = self._place("Decoder.dual", x, 0)
         x = torch.stack([x, inputs_embeds_t])
-        draws = checkpoint_layers and any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.modules())
         for layer in cast(Iterable[Block], self.layers):
             if checkpoint_layers:
-                x = checkpoint(layer.dual, x, rope, use_reentrant=False, preserve_rng_state=draws)
+                x = checkpoint(layer.dual, x, rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer.dual(x, rope)
         hidden, hidden_t = self._final_norm.dual(self.norm, x[:, :, start:]).unbind()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmem_kernels.checks import Checker
+
 __all__ = ["linear_dual"]
 
 
@@ -15,10 +17,14 @@ def linear_dual(linear: nn.Module, x: Tensor) -> Tensor:
     """A linear layer on stacked primal and tangent ``[2, ...]``: one product; a bias enters the primal half only.
 
     ``linear`` is an ``nn.Linear`` or a ``Conv1D`` of transformers. Any other module, such as an adapter around one, is
-    run as it is on the primal, in forward mode, which has the tangent beside it and its dropout the same for both.
+    run as it is, in forward mode: no bias is added to the tangent and taken off again, which would round it away.
+
+    Raises:
+        ArgumentError: if such a module drops anything: the plain form will have dropped something else.
     """
     weight, bias = _weight_and_bias(linear)
     if weight is None:
+        _refuse_dropout(linear)
         return torch.stack(torch.func.jvp(linear, (x[0],), (x[1],)))
     if bias is None:
         return linear(x)
@@ -34,3 +40,11 @@ def _weight_and_bias(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return cast(Tensor, linear.weight).mT, cast(Tensor, linear.bias)
     return None, None
+
+
+def _refuse_dropout(linear: nn.Module) -> None:
+    for module in linear.modules():
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            Checker("linear_dual").fail(
+                type(linear).__name__, "an adapter without dropout, or in eval mode", f"dropout {module.p} in training",
+                "set it to 0.0, call .eval() on it, or keep the graph of the plain form (recompute='none')")

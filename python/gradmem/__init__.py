@@ -5,11 +5,12 @@ from gradmem.config import GradMemConfig, LMConfig
 from gradmem.errors import CheckpointError, DataError, GradMemError, MemoryFileError, MissingExtraError, NonFiniteError
 from gradmem.evaluation import Evaluation, evaluate
 from gradmem.experiment import DataConfig, Experiment, TrainConfig
-from gradmem.lm import CausalLM
+from gradmem.lm import CausalLM, TransformersLM
 from gradmem.memory import Memory, Provenance
 from gradmem.model import GradMem, GradMemOutput
 from gradmem.training import Trainer
 
 __all__ = ["CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError", "Evaluation", "Experiment",
            "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "LMConfig", "Memory", "MemoryFileError",
-           "MissingExtraError", "NonFiniteError", "Provenance", "TrainConfig", "Trainer", "evaluate"]
+           "MissingExtraError", "NonFiniteError", "Provenance", "TrainConfig", "Trainer", "TransformersLM",
+           "evaluate"]

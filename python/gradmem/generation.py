@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmem.lm import CausalLM
+from gradmem.lm import Backbone
 
 __all__ = ["greedy"]
 
 
 @torch.no_grad()
-def greedy(backbone: CausalLM, prefix: Tensor, query_ids: Tensor, lengths: Tensor, max_new_tokens: int,
+def greedy(backbone: Backbone, prefix: Tensor, query_ids: Tensor, lengths: Tensor, max_new_tokens: int,
            eos_token_id: int | None) -> Tensor:
     """The most likely continuation, token by token, of each right-padded query behind its prefix.
 

@@ -1,25 +1,46 @@
-"""The small built-in backbone: a decoder of the Llama family with its embedding table and head."""
+"""Backbones: a decoder with its embedding table and head; a small one of its own, or a model of transformers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradmem.config import LMConfig
 from gradmem_kernels import Decoder, DecoderConfig
+from gradmem_kernels.checks import Checker
 
-__all__ = ["CausalLM"]
+__all__ = ["Backbone", "CausalLM", "TransformersLM"]
 
 
-class CausalLM(nn.Module):
-    """Embedding table, :class:`gradmem_kernels.Decoder` and head.
+class Backbone(nn.Module):
+    """What :class:`gradmem.GradMem` asks of a language model.
 
-    :class:`gradmem.GradMem` asks a backbone for ``config`` (with ``to_dict()``), ``embed_tokens`` (an ``nn.Embedding``
-    ``[V, D]``), ``decoder`` and ``head_weight`` ``[V, D]``.
+    Attributes:
+        config: has ``to_dict()``, in types that JSON has.
+        embed_tokens: an ``nn.Embedding`` ``[V, D]``.
+        decoder: from input embeddings to hidden states.
+    """
+
+    config: LMConfig | DecoderConfig
+    embed_tokens: nn.Embedding
+    decoder: Decoder
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``[V, D]``."""
+        raise NotImplementedError
+
+
+class CausalLM(Backbone):
+    """Embedding table, :class:`gradmem_kernels.Decoder` of the Llama family, and head.
 
     Matrices start normal with standard deviation ``fan_in ** -0.5`` (those that write into the residual stream with
     half of it), which lets models of small width learn quickly; the embedding table and the head with 0.02.
     """
+
+    config: LMConfig
 
     def __init__(self, config: LMConfig, *, device: torch.device | None = None,
                  dtype: torch.dtype | None = None) -> None:
@@ -43,3 +64,32 @@ class CausalLM(nn.Module):
     def head_weight(self) -> Tensor:
         """``[V, D]``."""
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+
+class TransformersLM(Backbone):
+    """A causal language model of ``transformers``, whose modules it borrows: no parameter is copied.
+
+    Embeddings and head that adapters are to wrap must be wrapped before.
+
+    Args:
+        model: of a class that :meth:`gradmem_kernels.Decoder.from_transformers` serves.
+
+    Raises:
+        ArgumentError: as there, and for a head that is no plain linear layer without bias.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.decoder = Decoder.from_transformers(model)
+        self.config = self.decoder.config
+        self.embed_tokens = model.get_input_embeddings()
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
+            Checker("TransformersLM").fail("model", "a head that is an nn.Linear without bias", head,
+                                           "leave adapters off the head")
+        self.lm_head = None if head.weight is self.embed_tokens.weight else head
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``[V, D]``, the embedding table where the model ties them."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradmem import generation
 from gradmem.config import GradMemConfig
 from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
-from gradmem.lm import CausalLM
+from gradmem.lm import Backbone
 from gradmem.memory import Memory, Provenance, context_hash
 from gradmem.tasks.batch import IGNORE
 from gradmem_kernels import Prefix, PrefixLoss, WriteOutput, write
@@ -49,14 +49,14 @@ class GradMemOutput:
 
 
 class GradMem(nn.Module):
-    """GradMem around ``backbone``, see :class:`gradmem.CausalLM` for what it needs to have.
+    """GradMem around ``backbone``, a :class:`gradmem.CausalLM` or :class:`gradmem.TransformersLM`.
 
     Args:
         backbone: the language model; READ and WRITE use the same weights.
         config: the memory and how it is written.
     """
 
-    def __init__(self, backbone: CausalLM, config: GradMemConfig) -> None:
+    def __init__(self, backbone: Backbone, config: GradMemConfig) -> None:
         super().__init__()
         self.backbone = backbone
         self.config = config
