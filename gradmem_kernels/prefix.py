@@ -123,8 +123,13 @@ class PrefixLoss:
         hidden = self.decoder(torch.cat([prefix, self.context_embeds[:, :-1]], 1), start=prefix.shape[1] - 1)
         return linear_cross_entropy(hidden, self.head_weight, self.labels, bias=self.head_bias)
 
-    def dual(self, memory: Tensor, memory_t: Tensor, *, checkpoint_layers: bool = False) -> tuple[Tensor, Tensor]:
-        """The loss and its tangent along ``memory_t``, each ``[B]``."""
+    def dual(self, memory: Tensor, memory_t: Tensor, *, checkpoint_layers: bool = False,
+             cotangents: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
+        """The loss and its tangent along ``memory_t``, each ``[B]``.
+
+        ``cotangents``: those of the two, each ``[B]``, if they are known beforehand; ``None`` beside a given one is a
+        zero. The head's products are then done in one sweep over the logits.
+        """
         self._check("PrefixLoss.dual", memory).tangent("memory_t", memory_t, memory)
         prefix = self.prefix.dual(self._cast(memory), self._cast(memory_t))
         context = self.context_embeds[:, :-1]
@@ -132,7 +137,10 @@ class PrefixLoss:
             prefix.unbind(), (context, torch.zeros_like(context)), strict=True))
         hidden, hidden_t = self.decoder.dual(embeds, embeds_t, start=prefix.shape[2] - 1,
                                              checkpoint_layers=checkpoint_layers)
-        return linear_cross_entropy_dual(hidden, self.head_weight, self.labels, hidden_t, bias=self.head_bias)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss_bar, loss_t_bar = (None if g is None else g.to(dtype) for g in cotangents)
+        return linear_cross_entropy_dual(hidden, self.head_weight, self.labels, hidden_t, bias=self.head_bias,
+                                         loss_bar=loss_bar, loss_t_bar=loss_t_bar)
 
     def _check(self, op: str, memory: Tensor) -> Checker:
         check = Checker(op)

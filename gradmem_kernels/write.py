@@ -58,9 +58,10 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
     Args:
         loss_fn: ``loss_fn(*memory) -> [B]``, twice differentiable in the memory. It is summed over the batch before it
             is differentiated, so that a sample's update does not depend on the batch. One with a dual form also has
-            ``dual(*memory, *tangents, checkpoint_layers=False) -> (loss [B], loss_t [B])``, ``params`` (the tensors
-            that meta-gradients reach) and, if one of these is no leaf, ``detached()`` (the same loss with leaves in
-            their place): :class:`gradmem_kernels.PrefixLoss` is one.
+            ``dual(*memory, *tangents, checkpoint_layers=False, cotangents=(None, None)) -> (loss [B], loss_t [B])``
+            (``cotangents``: those that the two will get, where ``None`` beside a given one is a zero), ``params``
+            (the tensors that meta-gradients reach) and, if one of these is no leaf, ``detached()`` (the same loss with
+            leaves in their place): :class:`gradmem_kernels.PrefixLoss` is one.
         memory: a floating-point tensor of rank 2 or more, batch first, or a tuple of them. It keeps its dtype
             (float32 recommended); ``loss_fn`` casts.
         steps: number of steps K, >= 0. With 0 the memory comes back unchanged.
@@ -197,8 +198,10 @@ class _Step(NamedTuple):
                 pairs = [(loss_fn(*leaves), loss_bar)]
             elif self.gradient.has_dual:
                 tangents = [torch.zeros_like(m) if u is None else u for m, u in zip(leaves, grad_bars, strict=True)]
-                loss, loss_t = loss_fn.dual(*leaves, *tangents, checkpoint_layers=self.gradient.recompute == "layer")
-                pairs = [(loss_t, torch.ones_like(loss_t)), (loss, loss_bar)]
+                ones = leaves[0].new_ones(leaves[0].shape[0])
+                loss, loss_t = loss_fn.dual(*leaves, *tangents, checkpoint_layers=self.gradient.recompute == "layer",
+                                            cotangents=(loss_bar, ones))
+                pairs = [(loss_t, ones.to(loss_t.dtype)), (loss, loss_bar)]
             else:
                 loss = loss_fn(*leaves)
                 grads = torch.autograd.grad(loss.sum(), leaves, create_graph=True, materialize_grads=True)
