@@ -34,9 +34,9 @@ def plain(hidden, weight, labels, bias=None, ignore_index=IGNORE):
     return -(picked * counted).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
-def case(backend, labels, classes, d=2, bias=True, ignore_index=IGNORE):
+def case(backend, labels, classes, d=2, bias=True, ignore_index=IGNORE, **options):
     labels = torch.as_tensor(labels, dtype=torch.int64)
-    options = {"ignore_index": ignore_index, "backend": backend}
+    options |= {"ignore_index": ignore_index, "backend": backend}
 
     def dual(hidden, weight, *bias_and_tangent, labels):
         *bias, hidden_t = bias_and_tangent

@@ -236,9 +236,9 @@ class _Sweep:
     def _add_bias(self, dz, r, dz_t, r_t):
         # dc = sum r * dz,  dc_t = sum r_t * dz_t
         if self.needs[2]:
-            self.dc = add_(self.dc, (dz.mT @ r)[:, 0])
+            self.dc = add_(self.dc, dz.mT @ r[:, 0])
         if self.needs_t[2]:
-            self.dc_t = add_(self.dc_t, (dz_t.mT @ r_t)[:, 0])
+            self.dc_t = add_(self.dc_t, dz_t.mT @ r_t[:, 0])
 
     def put(self, column):
         """The parts' rows in their places among all rows, zeros elsewhere."""
@@ -342,8 +342,8 @@ def _scaled(known: Sequence[Tensor | None], actual: Tensors, announced: Tensors)
     wrong = ((y - factor * a).abs() > 16 * torch.finfo(a.dtype).eps * y.abs()).any(-1)
     if not is_wrapped(wrong) and check_values(wrong) and bool(wrong):
         Checker("linear_cross_entropy").fail(
-            "loss_bar", "the cotangents that arrive in the backward pass, or a multiple of them", a.tolist(),
-            f"{y.tolist()} arrived; announce those, or nothing")
+            "loss_bar", f"in the backward pass the announced cotangents, {a.tolist()}, or a multiple of them",
+            y.tolist(), "announce those that will arrive, or none")
     factor = factor.masked_fill(wrong, torch.nan)
     return [None if g is None else g * factor for g in known]
 
