@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
-from gradmem_kernels.decoder import Decoder, linear_dual
+from gradmem_kernels.decoder import ContextRows, Decoder, linear_dual
 from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual
 
 __all__ = ["Prefix", "PrefixLoss"]
@@ -99,28 +99,43 @@ class PrefixLoss:
         self.decoder, self.prefix, self.labels = decoder, prefix, _usable(labels)
         self.context_embeds, self.head_weight = _usable(context_embeds), _usable(head_weight)
         self.head_bias = None if head_bias is None else _usable(head_bias)
+        self._context: ContextRows | None = None
 
     @property
     def params(self) -> tuple[Tensor, ...]:
         """Every tensor that requires grad and that the loss reads."""
-        tensors = (self.context_embeds, self.head_weight, self.head_bias, *self.prefix.parameters(),
-                   *self.decoder.parameters())
+        context = (self.context_embeds,) if self._context is None else self._context
+        tensors = (*context, self.head_weight, self.head_bias, *self.prefix.parameters(), *self.decoder.parameters())
         return tuple({id(t): t for t in tensors if t is not None and t.requires_grad}.values())
+
+    def prepared(self, memory: Tensor) -> PrefixLoss:
+        """The same loss of memories like this one, for several evaluations while parameters stay what they are.
+
+        What the first layer makes of the context, which no memory changes, is computed here, once.
+        """
+        self._check("PrefixLoss", memory)
+        twin, rows = copy.copy(self), self.context_embeds[:, :-1]
+        if rows.shape[1]:
+            twin._context = self.decoder.project_context(rows, first=self.prefix.length(memory.shape[1]))
+        return twin
 
     def detached(self) -> PrefixLoss:
         """The same loss with leaves in the place of its own non-leaf tensors; its ``params`` keep their order."""
         twin = copy.copy(self)
         for name in ("context_embeds", "head_weight", "head_bias"):
             t = getattr(self, name)
-            if t is not None and not t.is_leaf:
-                setattr(twin, name, t.detach().requires_grad_(t.requires_grad))
+            if t is not None:
+                setattr(twin, name, _leaf(t))
+        if self._context is not None:
+            twin._context = ContextRows(*map(_leaf, self._context))
         return twin
 
     def __call__(self, memory: Tensor) -> Tensor:
         """``[B, m, D] -> [B]``, in nats a token."""
         self._check("PrefixLoss", memory)
         prefix = self.prefix(self._cast(memory))
-        hidden = self.decoder(torch.cat([prefix, self.context_embeds[:, :-1]], 1), start=prefix.shape[1] - 1)
+        rows = prefix if self._context is not None else torch.cat([prefix, self.context_embeds[:, :-1]], 1)
+        hidden = self.decoder(rows, start=prefix.shape[1] - 1, context=self._context)
         return linear_cross_entropy(hidden, self.head_weight, self.labels, bias=self.head_bias)
 
     def dual(self, memory: Tensor, memory_t: Tensor, *, checkpoint_layers: bool = False,
@@ -132,10 +147,11 @@ class PrefixLoss:
         """
         self._check("PrefixLoss.dual", memory).tangent("memory_t", memory_t, memory)
         prefix = self.prefix.dual(self._cast(memory), self._cast(memory_t))
-        context = self.context_embeds[:, :-1]
-        embeds, embeds_t = (torch.cat([rows, tail], 1) for rows, tail in zip(
-            prefix.unbind(), (context, torch.zeros_like(context)), strict=True))
-        hidden, hidden_t = self.decoder.dual(embeds, embeds_t, start=prefix.shape[2] - 1,
+        rows, rows_t = prefix.unbind()
+        if self._context is None:
+            tail = self.context_embeds[:, :-1]
+            rows, rows_t = torch.cat([rows, tail], 1), torch.cat([rows_t, torch.zeros_like(tail)], 1)
+        hidden, hidden_t = self.decoder.dual(rows, rows_t, start=prefix.shape[2] - 1, context=self._context,
                                              checkpoint_layers=checkpoint_layers)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss_bar, loss_t_bar = (None if g is None else g.to(dtype) for g in cotangents)
@@ -151,6 +167,10 @@ class PrefixLoss:
     def _cast(self, memory: Tensor) -> Tensor:
         """The memory keeps its own dtype; the decoder reads it in that of the embeddings."""
         return memory.to(self.context_embeds.dtype)
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t if t.is_leaf else t.detach().requires_grad_(t.requires_grad)
 
 
 def _usable(t: Tensor) -> Tensor:

@@ -98,8 +98,10 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
     outer_grad = torch.is_grad_enabled()
 
     with named_range("write"), torch.inference_mode(False), torch.set_grad_enabled(outer_grad):
-        gradient = _Gradient(loss_fn, params, steps, recompute, outer_grad)
         state = tuple(t.clone() if t.is_inference() else t for t in tensors)
+        if steps > 0 and hasattr(loss_fn, "prepared"):
+            loss_fn = loss_fn.prepared(*state)
+        gradient = _Gradient(loss_fn, params, steps, recompute, outer_grad)
         if order == "none":
             state = tuple(t.detach() for t in state)
             rates = tuple(r.detach() if isinstance(r, Tensor) else r for r in rates)

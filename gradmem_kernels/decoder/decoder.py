@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gradmem_kernels.checks import Checker
-from gradmem_kernels.decoder.block import Block, LayerNames, Norm, make_norm
+from gradmem_kernels.decoder.block import Block, ContextRows, LayerNames, Norm, make_norm
 from gradmem_kernels.decoder.cache import KVCache, LayerCache
 from gradmem_kernels.decoder.config import DecoderConfig
 from gradmem_kernels.decoder.rope import Rope, inverse_frequencies, tables
@@ -97,34 +97,54 @@ class Decoder(nn.Module):
         config, borrowed = borrow(model)
         return cls(config, borrowed=borrowed)
 
-    def forward(self, inputs_embeds: Tensor, *, start: int = 0) -> Tensor:
+    def forward(self, inputs_embeds: Tensor, *, start: int = 0, context: ContextRows | None = None) -> Tensor:
         """Hidden states ``[B, S - start, D]`` of the rows from ``start`` on, after the final norm.
 
         Args:
-            inputs_embeds: ``[B, S, D]``, of the parameters' dtype.
+            inputs_embeds: ``[B, S, D]``, of the parameters' dtype; the rows before ``context``, where that is given.
             start: first row whose hidden state is wanted, in ``0..S``.
+            context: the rows behind ``inputs_embeds``, from :meth:`project_context`.
         """
-        x, rope = self._place("Decoder", self._check("Decoder", inputs_embeds, start), 0)
-        for layer in self.layers:
+        x = self._check("Decoder", inputs_embeds, start, context)
+        x, rope, layers = self._place("Decoder", x, 0), self._rope(*self._span(x, context), x), iter(self.layers)
+        if context is not None:
+            x = next(layers)(x, self._rope(0, x.shape[1], x), context=context)
+        for layer in layers:
             x = layer(x, rope)
         return self._final_norm.forward(self.norm, x[:, start:])
 
+    def project_context(self, inputs_embeds: Tensor, *, first: int) -> ContextRows:
+        """What the first layer makes of the rows ``inputs_embeds [B, T, D]`` at the positions from ``first`` on.
+
+        Whatever stands before them does not change it: made once, it serves every prefix of ``first`` rows, in
+        :meth:`forward` and :meth:`dual`, until parameters change. Gradients flow through it, in ``dual`` once.
+        """
+        x = self._check("Decoder.project_context", inputs_embeds, 0)
+        x = self._place("Decoder.project_context", x, first)
+        layer = cast(Block, self.layers[0])
+        return layer.project_context(x, self._rope(first, first + x.shape[1], x))
+
     def dual(self, inputs_embeds: Tensor, inputs_embeds_t: Tensor, *, start: int = 0,
-             checkpoint_layers: bool = False) -> tuple[Tensor, Tensor]:
+             context: ContextRows | None = None, checkpoint_layers: bool = False) -> tuple[Tensor, Tensor]:
         """:meth:`forward` and its tangent along ``inputs_embeds_t``: returns ``hidden, hidden_t``.
+
+        ``context`` has no tangent, so the first layer's tangents take work in the rows of ``inputs_embeds`` alone.
 
         With ``checkpoint_layers`` only the ``[2, B, S, D]`` between the layers is kept for the backward pass, which
         runs each layer's dual form again.
         """
-        x = self._check("Decoder.dual", inputs_embeds, start)
+        x = self._check("Decoder.dual", inputs_embeds, start, context)
         Checker("Decoder.dual").tangent("inputs_embeds_t", inputs_embeds_t, inputs_embeds)
-        x, rope = self._place("Decoder.dual", x, 0)
-        x = torch.stack([x, inputs_embeds_t])
-        for layer in cast(Iterable[Block], self.layers):
+        rope = self._rope(*self._span(x, context), x)
+        arguments: list[tuple[Rope | None, ContextRows | None]] = [(rope, None)] * len(self.layers)
+        if context is not None:
+            arguments[0] = self._rope(0, x.shape[1], x), context
+        x = torch.stack([self._place("Decoder.dual", x, 0), inputs_embeds_t])
+        for layer, given in zip(cast(Iterable[Block], self.layers), arguments, strict=True):
             if checkpoint_layers:
-                x = checkpoint(layer.dual, x, rope, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer.dual, x, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer.dual(x, rope)
+                x = layer.dual(x, *given)
         hidden, hidden_t = self._final_norm.dual(self.norm, x[:, :, start:]).unbind()
         return hidden, hidden_t
 
@@ -145,7 +165,7 @@ class Decoder(nn.Module):
         x = self._check("Decoder.prefill", inputs_embeds, 0)
         first, rows = cache.common_length("Decoder.prefill"), x.shape[1]
         cache.check_room("Decoder.prefill", x, first + rows)
-        x, rope = self._place("Decoder.prefill", x, first)
+        x, rope = self._place("Decoder.prefill", x, first), self._rope(first, first + rows, x)
         return self._append(x, rope, cache, slice(first, first + rows), None)
 
     @torch.no_grad()
@@ -170,26 +190,35 @@ class Decoder(nn.Module):
         cache.advance(rows)
         return self._final_norm.forward(self.norm, x)
 
-    def _place(self, op: str, x: Tensor, first: int) -> tuple[Tensor, Rope | None]:
-        """Tells the rows of ``x [B, S, D]`` that they are at ``first .. first + S - 1``: themselves, or by tables."""
+    def _place(self, op: str, x: Tensor, first: int) -> Tensor:
+        """Adds learned positions, ``first`` and on, to the rows of ``x [B, S, D]``, where the decoder has them."""
+        if self.embed_positions is None:
+            return x
         length = first + x.shape[1]
-        if self.embed_positions is not None:
-            self._check_learned(op, length)
-            return x + self.embed_positions(torch.arange(first, length, device=x.device)), None
-        cos, sin = self._rope(length, x)
-        return x, (cos[first:length], sin[first:length])
+        self._check_learned(op, length)
+        return x + self.embed_positions(torch.arange(first, length, device=x.device))
 
-    def _rope(self, length: int, x: Tensor) -> Rope:
-        """Tables of at least ``length`` rows, made once for each device and dtype; they grow when needed."""
+    @staticmethod
+    def _span(x: Tensor, context: ContextRows | None) -> tuple[int, int]:
+        """The positions of the rows of ``x`` and of ``context`` behind it."""
+        return 0, x.shape[1] + (0 if context is None else context.residual.shape[1])
+
+    def _rope(self, first: int, end: int, x: Tensor) -> Rope | None:
+        """The rotary tables of positions ``first .. end - 1``; ``None`` where positions are learned.
+
+        They are made once for each device and dtype, and grow when needed.
+        """
+        if self.embed_positions is not None:
+            return None
         source = None if self.rotary_emb is None else cast(Tensor, self.rotary_emb.inv_freq)
         made_of, rope = self._tables.get((x.device, x.dtype), (None, None))
-        if rope is None or made_of is not source or rope[0].shape[0] < length:
+        if rope is None or made_of is not source or rope[0].shape[0] < end:
             with torch.inference_mode(False), torch.no_grad():
-                positions = torch.arange(max(64, 1 << (length - 1).bit_length()), device=x.device)
+                positions = torch.arange(max(64, 1 << (end - 1).bit_length()), device=x.device)
                 rope = tables(positions, self._frequencies(x.device), x.dtype)
             if not torch._C._functorch.is_functorch_wrapped_tensor(rope[0]):  # it must not outlive its transform
                 self._tables[x.device, x.dtype] = source, rope
-        return rope
+        return rope[0][first:end], rope[1][first:end]
 
     def _frequencies(self, device: torch.device) -> Tensor:
         if self.rotary_emb is None:
@@ -202,12 +231,15 @@ class Decoder(nn.Module):
             Checker(op).fail("inputs_embeds", f"at most the {rows} positions that have learned embeddings", length,
                              "prefix rows count too")
 
-    def _check(self, op: str, inputs_embeds: Tensor, start: int) -> Tensor:
+    def _check(self, op: str, inputs_embeds: Tensor, start: int, context: ContextRows | None = None) -> Tensor:
         check = Checker(op)
         check.tensor("the decoder's weight", self.norm.weight, ("D",))
         check.tensor("inputs_embeds", inputs_embeds, ("B", "S", "D"))
-        if not isinstance(start, int) or not 0 <= start <= inputs_embeds.shape[1]:
-            check.fail("start", f"a row in 0..{inputs_embeds.shape[1]}", start)
+        if context is not None:
+            check.tensor("context", context.residual, ("B", "T", "D"))
+        _, rows = self._span(inputs_embeds, context)
+        if not isinstance(start, int) or not 0 <= start <= rows:
+            check.fail("start", f"a row in 0..{rows}", start)
         if self.borrowed_dropout and any(layer.source.training for layer in cast(Iterable[Block], self.layers)):
             check.fail("training", "a model in eval mode, or without dropout", self.borrowed_dropout,
                        "call model.eval(), which keeps gradients, or load it with these set to 0.0, or use the model's "
