@@ -1,0 +1,34 @@
+"""LayerNorm on Triton. With n = (x - mean(x)) * r, r = rsqrt(var(x) + eps): y = n * weight + bias.
+
+Derivation: docs/layer_norm.md.
+"""
+
+from __future__ import annotations
+
+from gradmem_kernels.triton import norm
+from gradmem_kernels.triton.common import refusal as refusal_of
+
+
+def refusal(x=None, weight=None, bias=None):
+    """Why these kernels cannot serve such tensors; ``None`` if they can."""
+    return refusal_of(x)
+
+
+def forward(x, aux, *, eps):
+    return norm.forward(x, eps=eps, centred=True)
+
+
+def backward(x, aux, y, saved, y_bar, needs, *, eps):
+    return norm.backward(x, saved, y_bar, needs)
+
+
+def dual_forward(x, aux, x_t, *, eps):
+    return norm.dual_forward(x, x_t, eps=eps, centred=True)
+
+
+def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, eps):
+    return norm.dual_backward(x, x_t, saved, y_bar, y_t_bar, needs, needs_t)
+
+
+def double_backward(x, aux, x_t, y, saved, y_bar, needs, *, eps):
+    return norm.double_backward(x, x_t, saved, y_bar, needs)

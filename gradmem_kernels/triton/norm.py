@@ -1,0 +1,164 @@
+"""What rms_norm and layer_norm share on Triton. Derivations: docs/rms_norm.md, docs/layer_norm.md.
+
+Two operators serve all orders. A plain backward is the cotangent of the tangents, ``x_t_bar = backward(x; y_t_bar)``,
+with the output's cotangent in the place of ``b``. ``x`` holds x, weight and bias, ``saved`` rstd and mean (None in
+rms_norm).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gradmem_kernels.triton import norm_kernels as kernels
+from gradmem_kernels.triton.common import accumulator, define, on_device
+from gradmem_kernels.triton.rows import as_rows, mapped_over_rows, parts, stacked
+
+NONE, NEITHER = (None,) * 3, (False,) * 3
+
+#: The widest row that is one tile, with its sums over rows or without: what fits in registers. Wider rows are gone over
+#: in tiles of COLUMNS.
+ONE_TILE = {"forward": 16384, "backward": 16384, "backward_sums": 8192, "dual_backward": 8192,
+            "dual_backward_sums": 4096}
+COLUMNS = 4096
+#: Elements of a tile of several rows, where rows are narrower.
+ELEMENTS = 2048
+#: Programs that share the sums over rows, for each multiprocessor; in the interpreter, in all.
+PROGRAMS = 2
+
+
+class Tile(NamedTuple):
+    rows: int
+    block: int
+    warps: int
+
+
+def tile(kernel: str, width: int) -> Tile:
+    """The tile of a kernel of :data:`ONE_TILE` for rows of this width: 8 elements for each thread, 16 in the widest."""
+    block = triton.next_power_of_2(max(1, width))
+    if block > ONE_TILE[kernel]:
+        block = min(block, COLUMNS)
+    rows = max(1, ELEMENTS // block)
+    return Tile(rows, block, min(32, max(4, rows * block // 256)))
+
+
+def forward(x, *, eps, centred):
+    y, stats = _forward(*x, *NONE, eps, centred)
+    return (y,), stats.unbind(0)
+
+
+def backward(x, saved, y_bar, needs):
+    return dual_backward(x, NONE, saved, (None,), y_bar, NEITHER, needs)[1]
+
+
+def dual_forward(x, x_t, *, eps, centred):
+    out, stats = _forward(*x, *x_t, eps, centred)
+    y, y_t = out.unbind(0)
+    return (y,), (y_t,), stats.unbind(0)
+
+
+def dual_backward(x, x_t, saved, y_bar, y_t_bar, needs, needs_t):
+    (a,), (b,) = y_bar, y_t_bar
+    if b is None:
+        zeros = tuple(torch.zeros_like(t) if need else None for t, need in zip(x, needs_t, strict=True))
+        return backward(x, saved, y_bar, needs), zeros
+    out, _, *sums = _backward(*x[:2], *x_t, *_rstd_mean(saved), a, b, (needs[0], needs_t[0]), False,
+                              (*needs[1:], *needs_t[1:]))
+    dx, dx_t = parts(out, (needs[0], needs_t[0]))
+    dw, dc, dw_t, dc_t = (t if need else None for t, need in zip(sums, (*needs[1:], *needs_t[1:]), strict=True))
+    return (dx, dw, dc), (dx_t, dw_t, dc_t)
+
+
+def double_backward(x, x_t, saved, y_bar, needs):
+    dx, y_t, dw, dc, *_ = _backward(*x[:2], *x_t, *_rstd_mean(saved), None, *y_bar, (needs[0], False), True,
+                                    (*needs[1:], False, False))
+    return tuple(t if need else None for t, need in zip((dx, dw, dc), needs, strict=True)), (y_t,)
+
+
+def _rstd_mean(saved):
+    return (*saved, None)[:2]
+
+
+def _forward_meta(x, weight, bias, x_t, weight_t, bias_t, eps, centred):
+    """``y``, or ``y`` and ``y_t`` in one, and ``[1 | 2, ..., 1]``: rstd and in layer_norm mean; not written."""
+    dual = any(t is not None for t in (x_t, weight_t, bias_t))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return stacked(x, 1 + dual), x.new_empty(1 + centred, *x.shape[:-1], 1, dtype=dtype)
+
+
+def _forward_launch(x, weight, bias, x_t, weight_t, bias_t, eps, centred):
+    out = _forward_meta(x, weight, bias, x_t, weight_t, bias_t, eps, centred)
+    dual = out[0].dim() > x.dim()
+    y, y_t = parts(out[0], (True, dual))
+    rstd, mean = (*out[1].unbind(0), None)[:2]
+    inner, (x, x_t), strides = as_rows(x, x_t)
+    weight, weight_t, bias, bias_t = map(_dense, (weight, weight_t, bias, bias_t))
+    rows, width = x.shape[:-1].numel(), x.shape[-1]
+    of = tile("forward", width)
+    if x.numel() > 0:
+        with on_device(x):
+            kernels.forward_kernel[triton.cdiv(rows, of.rows),](
+                x, x_t, weight, weight_t, bias, bias_t, y, y_t, rstd, mean, *strides, rows, inner, eps, D=width,
+                ROWS=of.rows, BLOCK=of.block, ACC=accumulator(x.dtype), num_warps=of.warps)
+    return out
+
+
+def _backward_meta(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, needs, tangent, sums):
+    """``dx`` and ``dx_t`` in one, ``y_t``, and ``dw, dc, dw_t, dc_t``, not written; what is not wanted is empty."""
+    return (stacked(x, sum(needs)), stacked(x, int(tangent)),
+            *(weight.new_empty(weight.shape if wanted else 0) for wanted in sums))
+
+
+def _backward_launch(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, needs, tangent, sums):
+    dx, y_t, *_ = out = _backward_meta(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, needs, tangent, sums)
+    dx, dx_t = parts(dx, needs)
+    y_t = y_t if tangent else None
+    if dx is None and y_t is None and not any(sums[:2]):
+        x_t = weight_t = a = None
+    inner, (x, x_t, a, b), strides = as_rows(x, x_t, a, b)
+    rows, width = x.shape[:-1].numel(), x.shape[-1]
+    dual = any(t is not None for t in (x_t, weight_t, a))
+    of = tile(("dual_" if dual else "") + "backward" + ("_sums" if any(sums) else ""), width)
+    blocks = triton.cdiv(rows, of.rows)
+    programs = min(blocks, _most_programs(x)) if any(sums) else blocks
+    # the bias is not in n: its cotangent is that of y
+    seen = [wanted and (i != 1 or a is not None) for i, wanted in enumerate(sums)]
+    partial = iter(rstd.new_empty(sum(seen), programs, width).unbind(0))
+    dw, dc, dw_t, dc_t = partial = [next(partial) if flag else None for flag in seen]
+    if x.numel() > 0:
+        with on_device(x):
+            kernels.backward_kernel[programs,](
+                x, x_t, a, b, *map(_dense, (weight, weight_t, bias_t, rstd, mean)), dx, dx_t, y_t, dw,
+                dw_t, dc, dc_t, *strides, rows, inner, programs, D=width, ROWS=of.rows, BLOCK=of.block,
+                ACC=accumulator(x.dtype), num_warps=of.warps)
+    for total, of_programs, wanted in zip(out[2:], partial, sums, strict=True):
+        if of_programs is not None:
+            # PyTorch's sum is deterministic; [programs, D] is small beside what the kernel reads
+            total.copy_(of_programs.sum(0))
+        elif wanted:
+            total.zero_()
+    return out
+
+
+def _most_programs(x: Tensor) -> int:
+    return PROGRAMS * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1)
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+_forward = define(
+    "norm_forward",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? x_t, Tensor? weight_t, Tensor? bias_t, float eps, bool centred)"
+    " -> (Tensor, Tensor)", _forward_launch, _forward_meta,
+    mapped=lambda *args: mapped_over_rows(*args, weights=("weight", "bias", "weight_t", "bias_t")))
+_backward = define(
+    "norm_backward",
+    "(Tensor x, Tensor weight, Tensor? x_t, Tensor? weight_t, Tensor? bias_t, Tensor rstd, Tensor? mean, Tensor? a, "
+    "Tensor b, bool[] needs, bool tangent, bool[] sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_launch, _backward_meta,
+    mapped=lambda *args: mapped_over_rows(*args, weights=("weight", "weight_t", "bias_t"), sums="sums"))

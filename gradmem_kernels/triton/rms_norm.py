@@ -1,0 +1,34 @@
+"""RMSNorm on Triton. With n = x * r, r = rsqrt(mean(x^2) + eps): y = n * weight. Derivation: docs/rms_norm.md."""
+
+from __future__ import annotations
+
+from gradmem_kernels.triton import norm
+from gradmem_kernels.triton.common import refusal as refusal_of
+
+
+def refusal(x=None, weight=None):
+    """Why these kernels cannot serve such tensors; ``None`` if they can."""
+    return refusal_of(x)
+
+
+def forward(x, aux, *, eps):
+    return norm.forward((*x, None), eps=eps, centred=False)
+
+
+def backward(x, aux, y, saved, y_bar, needs, *, eps):
+    return norm.backward((*x, None), saved, y_bar, (*needs, False))[:2]
+
+
+def dual_forward(x, aux, x_t, *, eps):
+    return norm.dual_forward((*x, None), (*x_t, None), eps=eps, centred=False)
+
+
+def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, eps):
+    x_bar, x_t_bar = norm.dual_backward((*x, None), (*x_t, None), saved, y_bar, y_t_bar, (*needs, False),
+                                        (*needs_t, False))
+    return x_bar[:2], x_t_bar[:2]
+
+
+def double_backward(x, aux, x_t, y, saved, y_bar, needs, *, eps):
+    x_bar, y_t = norm.double_backward((*x, None), (*x_t, None), saved, y_bar, (*needs, False))
+    return x_bar[:2], y_t
