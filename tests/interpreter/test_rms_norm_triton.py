@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from second_order import (
-    CHECKS,
-    check_precision,
-    check_values,
-    every_check,
-)
+from second_order import CHECKS, check_gradcheck, check_precision, check_values, every_check
 from test_layer_norm_triton import THOROUGH, tiled  # noqa: F401 - a fixture
 from test_rms_norm import case, test_empty, test_vector, test_zero_row  # noqa: F401 - run here too
 
