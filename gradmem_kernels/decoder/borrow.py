@@ -128,26 +128,31 @@ def _family(check: Checker, model: Any) -> Family:
     return FAMILIES[model_type]
 
 
-def _llama(fields: _Fields) -> dict[str, Any]:
+def _common(fields: _Fields) -> dict[str, Any]:
+    """What Llama and its likes have in common."""
     return {
         "hidden_size": fields.hidden_size, "num_layers": fields.num_hidden_layers,
         "num_heads": fields.num_attention_heads, "num_kv_heads": fields.num_key_value_heads,
         "head_dim": fields.get("head_dim"), "intermediate_size": fields.intermediate_size,
-        "norm_eps": fields.rms_norm_eps, "activation": fields.activation("hidden_act", GATED),
-        "qkv_bias": fields.get("attention_bias", False), "o_bias": fields.get("attention_bias", False),
-        "mlp_bias": fields.get("mlp_bias", False), **fields.rope()}
+        "norm_eps": fields.rms_norm_eps, "activation": fields.activation("hidden_act", GATED), **fields.rope()}
+
+
+def _llama(fields: _Fields) -> dict[str, Any]:
+    return {**_common(fields), "qkv_bias": fields.attention_bias, "o_bias": fields.attention_bias,
+            "mlp_bias": fields.mlp_bias}
 
 
 def _mistral(fields: _Fields) -> dict[str, Any]:
-    return {**_llama(fields), "sliding_window": fields.sliding_window}
+    return {**_common(fields), "sliding_window": fields.sliding_window}
 
 
 def _qwen2(fields: _Fields) -> dict[str, Any]:
-    return {**_llama(fields), "sliding_window": fields.windows(), "qkv_bias": True}
+    return {**_common(fields), "sliding_window": fields.windows(), "qkv_bias": True}
 
 
 def _qwen3(fields: _Fields) -> dict[str, Any]:
-    return {**_llama(fields), "sliding_window": fields.windows(), "qk_norm": True}
+    return {**_common(fields), "sliding_window": fields.windows(), "qk_norm": True,
+            "qkv_bias": fields.attention_bias, "o_bias": fields.attention_bias}
 
 
 def _gpt2(fields: _Fields) -> dict[str, Any]:
