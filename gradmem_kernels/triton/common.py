@@ -94,9 +94,9 @@ def strides(t: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t is None else (t.stride(0), t.stride(1), t.stride(2))
 
 
-def define(name: str, schema: str, launch: Callable[..., tuple[Tensor, ...]], meta: Callable[..., tuple[Tensor, ...]],
+def define(name: str, schema: str, launch: Callable[..., Any], meta: Callable[..., Any],
            shared: Collection[str] = (), broadcast: Collection[str] = (),
-           mapped: Callable[..., tuple[Any, Any]] | None = None) -> Callable[..., tuple[Tensor, ...]]:
+           mapped: Callable[..., tuple[Any, Any]] | None = None) -> Callable[..., Any]:
     """Registers ``gradmem::name`` and returns it.
 
     ``meta`` gives its outputs unwritten. Under vmap the mapped dimension is folded into the batch, the first dimension

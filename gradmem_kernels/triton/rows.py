@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradmem_kernels.triton.common import one_by_one, rows_dense
 
-__all__ = ["as_rows", "flat_or_rows", "mapped_over_rows", "parts", "stacked"]
+__all__ = ["as_rows", "flat_or_rows", "mapped_first", "mapped_over_rows", "parts", "stacked"]
 
 
 def stacked(like: Tensor, count: int) -> Tensor:
@@ -86,7 +86,7 @@ def mapped_over_rows(op: Callable[..., Any], size: int, in_dims: Sequence[Any], 
     if any(isinstance(d, int) for name, d in zip(arguments, in_dims, strict=True) if name in weights) or (
             sums is not None and any(arguments[sums])):
         return one_by_one(op, size, in_dims, tuple(arguments.values()))
-    args = [_first(value, d, size) if isinstance(value, Tensor) and name not in weights else value
+    args = [mapped_first(value, d, size) if isinstance(value, Tensor) and name not in weights else value
             for (name, value), d in zip(arguments.items(), in_dims, strict=True)]
     out, rank = op(*args), args[0].dim()
 
@@ -96,5 +96,6 @@ def mapped_over_rows(op: Callable[..., Any], size: int, in_dims: Sequence[Any], 
     return out, place(out) if isinstance(out, Tensor) else tuple(map(place, out))
 
 
-def _first(t: Tensor, dim: Any, size: int) -> Tensor:
+def mapped_first(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """``t`` with the mapped dimension first; repeated if it is not mapped over."""
     return t.movedim(dim, 0) if isinstance(dim, int) else t.expand(size, *t.shape)

@@ -1,0 +1,114 @@
+"""Rotary embedding on Triton: one pass that turns channel pairs (i, i + r/2). Derivation: docs/rotary.md.
+
+The transpose is the same kernel with the sine negated.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradmem_kernels.triton.common import accumulator, define, like, on_device, rows_dense, strides
+from gradmem_kernels.triton.common import refusal as refusal_of
+from gradmem_kernels.triton.rows import mapped_first
+
+#: Pairs of a tile, and the heads that a program turns by one reading of the tables.
+PAIRS, HEADS, WARPS = 1024, 4, 4
+
+
+def refusal(x=None):
+    """Why this kernel cannot serve such tensors; ``None`` if it can."""
+    return refusal_of(x)
+
+
+def forward(x, cos, sin):
+    return _rotary(x, cos, sin, False)
+
+
+def transpose(y_bar, cos, sin):
+    return _rotary(y_bar, cos, sin, True)
+
+
+@triton.jit
+def _load(p_x, s_row, row, length, o_d, SIZE: tl.constexpr):
+    """Channels ``o_d < SIZE`` of the rows, a tile; zero outside."""
+    inside = (row < length)[:, None] & (o_d < SIZE)[None, :]
+    return tl.load((p_x + row * s_row)[:, None] + o_d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(p_x, s_row, row, length, o_d, b_x, SIZE: tl.constexpr):
+    inside = (row < length)[:, None] & (o_d < SIZE)[None, :]
+    tl.store((p_x + row * s_row)[:, None] + o_d[None, :], b_x.to(p_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotary_kernel(
+        p_x, p_y,  # [B, H, S, d]
+        p_cos, p_sin,  # [B, S, r/2]
+        s_x, s_y,  # of sample, head and position
+        s_cos, s_sin,  # of sample and position; tables that samples share have a stride of 0
+        heads, length,
+        HALF: tl.constexpr, HALF_P: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr, TRANSPOSED: tl.constexpr,
+        ROWS: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr):
+    """A block of positions of up to ``HEADS`` heads; ``HALF`` pairs, and ``REST`` channels that pass through."""
+    blocks, groups = tl.cdiv(length, ROWS), tl.cdiv(heads, HEADS)
+    row = tl.cast(tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS), tl.int64)
+    first = tl.program_id(0) // blocks % groups * HEADS
+    batch = tl.cast(tl.program_id(0) // blocks // groups, tl.int64)
+    o_pair = tl.arange(0, HALF_P)
+    cos = _load(p_cos + batch * s_cos[0], s_cos[1], row, length, o_pair, HALF).to(ACC)
+    sin = _load(p_sin + batch * s_sin[0], s_sin[1], row, length, o_pair, HALF).to(ACC)
+    if TRANSPOSED:
+        sin = -sin
+    for head in range(first, min(first + HEADS, heads)):
+        p_from = p_x + batch * s_x[0] + tl.cast(head, tl.int64) * s_x[1]
+        p_to = p_y + batch * s_y[0] + tl.cast(head, tl.int64) * s_y[1]
+        x1 = _load(p_from, s_x[2], row, length, o_pair, HALF).to(ACC)
+        x2 = _load(p_from + HALF, s_x[2], row, length, o_pair, HALF).to(ACC)
+        # y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin
+        _store(p_to, s_y[2], row, length, o_pair, x1 * cos - x2 * sin, HALF)
+        _store(p_to + HALF, s_y[2], row, length, o_pair, x2 * cos + x1 * sin, HALF)
+        if REST > 0:
+            o_rest = tl.arange(0, REST_P)
+            rest = _load(p_from + 2 * HALF, s_x[2], row, length, o_rest, REST)
+            _store(p_to + 2 * HALF, s_y[2], row, length, o_rest, rest, REST)
+
+
+def _launch(x, cos, sin, transposed):
+    y, x = like(x), rows_dense(x)
+    batch, heads, length, d = x.shape
+    half = cos.shape[-1]
+    width = triton.next_power_of_2(max(1, half))
+    rows = max(1, PAIRS // width)
+    cos, sin = rows_dense(cos), rows_dense(sin)
+    grid = batch * triton.cdiv(heads, HEADS) * triton.cdiv(length, rows)
+    if x.numel() > 0:
+        with on_device(x):
+            rotary_kernel[grid,](
+                x, y, cos, sin, strides(x), strides(y), _table_strides(cos), _table_strides(sin), heads, length,
+                HALF=half, HALF_P=width, REST=d - 2 * half, REST_P=triton.next_power_of_2(max(1, d - 2 * half)),
+                TRANSPOSED=transposed, ROWS=rows, HEADS=HEADS, ACC=accumulator(x.dtype), num_warps=WARPS)
+    return y
+
+
+def _table_strides(table: Tensor) -> tuple[int, int]:
+    return (table.stride(0) if table.dim() == 3 else 0, table.stride(-2))
+
+
+def _mapped(op, size, in_dims, arguments):
+    """A rule for vmap: the mapped dimension becomes a part of the batch. Tables stay shared if they may."""
+    x, cos, sin, transposed = arguments.values()
+    x = mapped_first(x, in_dims[0], size)
+    tables = cos, sin
+    if any(isinstance(d, int) for d in in_dims[1:3]) or cos.dim() == 3:
+        tables = [mapped_first(t, d, size) for t, d in zip(tables, in_dims[1:3], strict=True)]
+        # [size, S, r/2] or [size, B, S, r/2]
+        tables = [t.unsqueeze(1) if t.dim() == 3 else t for t in tables]
+        tables = [t.expand(size, x.shape[1], *t.shape[2:]).flatten(0, 1) for t in tables]
+    return op(x.flatten(0, 1), *tables, transposed).unflatten(0, (size, x.shape[1])), 0
+
+
+_rotary = define("rotary", "(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Tensor", _launch,
+                 lambda x, cos, sin, transposed: like(x), mapped=_mapped)
