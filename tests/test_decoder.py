@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import plain
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gradmem_kernels import Decoder, DecoderConfig, Prefix, PrefixLoss, write
 from gradmem_kernels.checks import ArgumentError
+from gradmem_kernels.decoder import RopeScaling
 
 F64 = torch.float64
 SHAPES = [
@@ -215,11 +217,41 @@ def test_tables_made_inside_a_transform_do_not_outlive_it() -> None:
     ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads, 2, got 3"),
     ({"rotary_dim": 3}, r"rotary_dim: expected an even number in 2\.\.4"),
     ({"num_layers": 0}, "num_layers: expected an integer >= 1, got 0"),
+    ({"norm": "batch"}, "norm: expected one of rms, layer, got 'batch'"),
+    ({"norm_bias": True}, "norm_bias: expected False with norm='rms', got True"),
+    ({"activation": "relu"}, "activation: expected one of swiglu, gelu, gelu_tanh, got 'relu'"),
+    ({"qk_norm": 1}, "qk_norm: expected True or False, got 1"),
+    ({"sliding_window": 0}, "sliding_window: expected an integer >= 1, got 0"),
+    ({"sliding_window": (4, None)}, r"sliding_window: expected a window for each of the 1 layers, got \(4, None\)"),
+    ({"attention_scale": 0.0}, "attention_scale: expected a finite number > 0, got 0"),
+    ({"learned_positions": 0}, "learned_positions: expected an integer >= 1, got 0"),
+    ({"learned_positions": 4, "rotary_dim": 2}, "rotary_dim: expected None with learned_positions, got 2"),
+    ({"learned_positions": 4, "rope_scaling": RopeScaling("linear", 2.0)}, "rope_scaling: expected None with learned"),
 ])
 def test_bad_config(changed: dict[str, Any], message: str) -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 4}
     with pytest.raises(ArgumentError, match=f"DecoderConfig: {message}"):
         DecoderConfig(**sizes | changed)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("yarn", 2.0), "rope_type: expected one of linear, llama3, got 'yarn'"),
+    (("linear", 0.5), "factor: expected a finite number >= 1, got 0.5"),
+    (("llama3", 2.0, 4.0, 4.0), "high_freq_factor: expected a finite number > 4, got 4.0"),
+    (("llama3", 2.0, 1.0, 4.0, 0), "original_max_position_embeddings: expected an integer >= 1, got 0"),
+])
+def test_bad_rope_scaling(arguments: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"RopeScaling: {message}"):
+        RopeScaling(*arguments)
+
+
+def test_config_as_json() -> None:
+    config = DecoderConfig(8, 2, 2, 4, rope_scaling=RopeScaling("linear", 2.0), sliding_window=(None, 3))
+    fields = json.loads(json.dumps(config.to_dict()))
+    assert fields["rope_scaling"]["factor"] == 2.0
+    assert fields["sliding_window"] == [None, 3]
+    scaling, windows = RopeScaling(**fields.pop("rope_scaling")), tuple(fields.pop("sliding_window"))
+    assert DecoderConfig(**fields, rope_scaling=scaling, sliding_window=windows) == config
 
 
 @pytest.mark.parametrize(("x", "message"), [

@@ -6,15 +6,20 @@ Models are tiny, random, built from configurations, and compared in float64 (:cl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import plain
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -477,6 +482,35 @@ def test_rope_tables_follow_the_model_s_buffer() -> None:
     before = decoder(x)
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 2
     assert (decoder(x) - before).abs().max() > 1e-3
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_fully_sharded(family: str, mesh: Any) -> None:
+    """Outside the methods that are registered parameters are sharded, and no operation takes them."""
+    decoder, x = Decoder.from_transformers(make(CONFIGS[family]())), random(B, S, D)
+
+    def derivatives() -> list[Tensor]:
+        hidden, hidden_t = decoder.dual(x, x)
+        (hidden.cos() + hidden_t.square()).sum().backward()
+        weights = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in decoder.parameters()]
+        decoder.zero_grad()
+        context = decoder.project_context(x[:, 3:], first=3)
+        return [decoder(x[:, :3], context=context).detach(), hidden.detach(), hidden_t.detach(), *weights]
+
+    expected = derivatives()
+    for module in (*decoder.layers, decoder):
+        fully_shard(module, mesh=mesh)
+        for method in ("dual", "project_context"):
+            register_fsdp_forward_method(module, method)
+    assert all(isinstance(p, DTensor) for p in decoder.parameters())
+    assert_same(derivatives(), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
