@@ -8,10 +8,10 @@ import sys
 import torch
 from rich.console import Console
 
-from benchmarks import attention, memory, meta_step
+from benchmarks import attention, cross_entropy, memory, meta_step
 from benchmarks.harness import Options, Provenance, check_storable, store
 
-SUITES = {"meta-step": meta_step, "memory": memory, "attention": attention}
+SUITES = {"meta-step": meta_step, "memory": memory, "attention": attention, "cross-entropy": cross_entropy}
 DEFAULT_REPEATS = 10
 
 
