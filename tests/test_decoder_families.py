@@ -206,6 +206,14 @@ def test_cache_equals_full_forward(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_of_any_strides(family: str) -> None:
+    decoder, x = Decoder.from_transformers(build(family)), random(B, S, D)
+    for dims in ((1, 0, 2), (2, 1, 0)):
+        strided = x.permute(dims).contiguous().permute(dims)
+        assert_same([decoder(strided), *decoder.dual(strided, strided)], [decoder(x), *decoder.dual(x, x)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_right_padding_changes_nothing(family: str) -> None:
     model, ids, memory = build(family), random_ids(), random(B, P, D)
     decoder, prefix = Decoder.from_transformers(model), Prefix(D, dtype=F64)

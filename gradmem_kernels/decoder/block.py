@@ -244,7 +244,7 @@ def make_norm(config: DecoderConfig, size: int, device: torch.device | None, dty
 
 def _linear(layer: nn.Module, name: str, x: Tensor, dual: bool) -> Tensor:
     linear = layer.get_submodule(name)
-    return linear_dual(linear, x) if dual else linear(x)
+    return linear_dual(linear, x) if dual else linear(x.contiguous())  # Conv1D takes views of its input
 
 
 def _join_rows(before: Tensor, after: Tensor) -> Tensor:
