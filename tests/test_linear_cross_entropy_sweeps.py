@@ -8,13 +8,30 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from second_order import assert_close, check_dual, check_precision, check_transforms, check_values, derivatives, randn
+from second_order import (
+    assert_close,
+    check_dual,
+    check_precision,
+    check_transforms,
+    check_values,
+    derivatives,
+    randn,
+)
+from test_decoder import SHAPES, make
 from test_linear_cross_entropy import IGNORE, case, plain, random_labels
 from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks.live_memory import LiveMemory, peak_live_bytes
-from gradmem_kernels import ArgumentError, linear_cross_entropy, linear_cross_entropy_dual, logits_budget
+from gradmem_kernels import (
+    ArgumentError,
+    Prefix,
+    PrefixLoss,
+    linear_cross_entropy,
+    linear_cross_entropy_dual,
+    logits_budget,
+    write,
+)
 from gradmem_kernels.reference import linear_cross_entropy as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -412,3 +429,28 @@ def test_every_combination():
                 actual = derivatives(op, tuple(free), a, u)
             expected = derivatives(lambda *some, full=full, c=c: c.run_plain(*full(*some)), tuple(free), a, u)
             assert_close(actual.named(), expected.named())
+
+
+@pytest.mark.parametrize("uses_losses", [False, True])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_write_takes_one_sweep_each_way(uses_losses, trained_head, monkeypatch):
+    """WRITE's step: loss and hidden's cotangent. Its outer backward pass: all cotangents of the dual form."""
+    calls = {}
+    kernels = {name: getattr(reference, name) for name in ("forward", "backward", "dual_forward", "dual_backward")}
+    for name, kernel in kernels.items():
+        def spy(x, aux, *args, name=name, kernel=kernel, **options):
+            calls[name] = aux, options["early"]
+            return kernel(x, aux, *args, **options)
+
+        monkeypatch.setattr(reference, name, spy)
+    decoder, prefix = make(SHAPES[0]), Prefix(8, dtype=F64)
+    context, head = torch.randn(2, 4, 8, dtype=F64), torch.randn(5, 8, dtype=F64, requires_grad=trained_head)
+    memory = torch.randn(2, 3, 8, dtype=F64, requires_grad=True)
+    out = write(PrefixLoss(decoder, prefix, context, torch.randint(5, (2, 4)), head), memory, steps=1, lr=0.1)
+    (out.memory.square().sum() + (3 * out.losses.sum() if uses_losses else 0)).backward()
+    one_way, both_ways = (True, False, False), (True, trained_head, False, True, False, False)
+    assert {name: early for name, (_, early) in calls.items()} == {
+        "forward": one_way, "backward": one_way, "dual_forward": both_ways, "dual_backward": both_ways}
+    _, loss_bar, loss_t_bar = calls["dual_forward"][0]
+    assert (loss_bar is not None) == uses_losses
+    assert torch.equal(loss_t_bar, torch.ones(2, dtype=F64))

@@ -32,8 +32,8 @@ def backward(x, aux, y, saved, y_bar, needs, *, early=NO, **options):
         known[0] = known[0] * wide(y_bar[0])[:, None, None]
     if needs[1:] != rest[1:]:
         known[1:] = _scaled(known[1:], y_bar, aux[1:2])
-    sweep = _Sweep(x, NONE, aux[0], *y_bar, None, rest, NO, **options)
-    return _select(x, known, _backward_sweep(sweep, lse, None)[:3], needs)
+    x_bar = _backward_sweep(lse, None, x, NONE, aux[0], *y_bar, None, rest, NO, **options)
+    return _select(x, known, x_bar[:3], needs)
 
 
 def dual_forward(x, aux, x_t, *, early=NO + NO, **options):
@@ -52,9 +52,9 @@ def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *,
         known = _scaled(known, y_bar + y_t_bar, aux[1:])
     if y_t_bar[0] is None or not any(rest[:3]):
         x_t = NONE
-    sweep = _Sweep(x, x_t, aux[0], *y_bar, *y_t_bar, rest[:3], rest[3:], **options)
-    both = _select(x + x, known, _backward_sweep(sweep, lse, mu), needs)
-    return both[:3], both[3:]
+    bars = _backward_sweep(lse, mu, x, x_t, aux[0], *y_bar, *y_t_bar, rest[:3], rest[3:], **options)
+    bars = _select(x + x, known, bars, needs)
+    return bars[:3], bars[3:]
 
 
 def double_backward(x, aux, x_t, y, saved, y_bar, needs, **options):
@@ -101,9 +101,12 @@ def _forward_chunk(sweep, part):
     return lse - z_label, row_t, lse, mu
 
 
-def _backward_sweep(sweep, lse, mu):
+def _backward_sweep(lse, mu, x, x_t, labels, a, b, needs, needs_t, **options):
     """The cotangents that are needed, from the rows' statistics."""
-    if sweep.wanted and not (sweep.a is None and sweep.b is None):
+    if not any(needs + needs_t) or (a is None and b is None):
+        return NONE + NONE
+    sweep = _Sweep(x, x_t, labels, a, b, needs, needs_t, **options)
+    if sweep.wanted:
         for part in sweep.parts:
             _backward_chunk(sweep, part, lse, mu)
     return sweep.totals()
