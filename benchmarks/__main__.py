@@ -8,10 +8,11 @@ import sys
 import torch
 from rich.console import Console
 
-from benchmarks import attention, cross_entropy, memory, meta_step
+from benchmarks import attention, cross_entropy, memory, meta_step, ops
 from benchmarks.harness import Options, Provenance, check_storable, store
 
-SUITES = {"meta-step": meta_step, "memory": memory, "attention": attention, "cross-entropy": cross_entropy}
+SUITES = {"meta-step": meta_step, "memory": memory, "attention": attention, "cross-entropy": cross_entropy,
+          "ops": ops}
 DEFAULT_REPEATS = 10
 
 
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--device", metavar="NAME",
                         help="cpu or cuda, for suites that run on both (default: cuda where there is one)")
-    parser.add_argument("--only", action="append", default=[], metavar="PART", help="a part of the attention suite")
+    parser.add_argument("--only", action="append", default=[], metavar="PART", help="a part of a suite that has parts")
     args = parser.parse_args()
     if args.quick and args.store:
         parser.error("--store: the numbers of --quick mean nothing; leave one of the two out")

@@ -113,6 +113,9 @@ class Row:
     ratio_to_eager: float | None = None
     tflops: float | None = None
     flop_formula: str | None = None
+    #: The bytes that the step has to move at least, over its time.
+    gigabytes_per_second: float | None = None
+    byte_formula: str | None = None
     peak_live_bytes: int | None = None
     peak_rss_bytes: int | None = None
     minor_faults: float | None = None

@@ -93,7 +93,9 @@ def by_samples(kernel: Callable[..., tuple[Tensor | None, ...]], size: int,
 def is_wrapped(t: Tensor) -> bool:
     """Whether vmap may map over ``t``: such a tensor cannot be written into one that is not mapped over.
 
-    ``autograd.grad(is_grads_batched=True)`` has batched tensors of its own.
+    ``autograd.grad(is_grads_batched=True)`` has batched tensors of its own. What ``torch.compile`` traces is neither.
     """
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)

@@ -1,0 +1,342 @@
+"""Norms, activations and rotary of every order: time and bandwidth, against plain PyTorch and what it has itself.
+
+Each of these ops is bound by memory, so a row says which share of the memory's speed a kernel reaches: the bytes that
+the mode has to move at least (:data:`BYTE_FORMULA`) over its time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor
+from torch.autograd import grad
+
+from benchmarks.attention import errors
+from benchmarks.harness import (
+    Options,
+    Provenance,
+    Report,
+    Row,
+    cuda_clock,
+    gate,
+    interleave_prepared,
+    quantiles,
+    wall_clock,
+)
+from gradmem_kernels import backend as backends
+from gradmem_kernels.rotary import rotary_tables
+
+__all__ = ["BYTE_FORMULA", "CPU", "CUDA", "DEVICES", "MODES", "PARTS", "PROVIDERS", "QUICK", "run", "table"]
+
+DEVICES = ("cpu", "cuda")
+MODES = ("forward", "backward", "dual_forward", "dual_backward", "double_backward")
+FIRST_ORDER = MODES[:2]
+BYTE_FORMULA = ("n tensors of the size of the output, each read or written once; n of forward, backward, dual forward, "
+                "dual backward, double backward: 2, 3, 4, 6, 5; swiglu 3, 5, 6, 10, 8; rotary 2, 2")
+
+Named = dict[str, Tensor]
+Work = Callable[[], Named]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: its formula in plain PyTorch, PyTorch's own first-order op, and what its kernels take beside tensors."""
+
+    name: str
+    plain: Callable[..., Tensor]
+    vendor: Callable[..., Tensor] | None
+    #: Of inputs: the first ones are as large as the output, the others are weights of its last dimension.
+    inputs: int
+    passes: Mapping[str, int]
+    weights: int = 0
+    module: str = ""
+    options: Mapping[str, Any] | None = None
+
+    def bytes(self, mode: str, shape: Mapping[str, int], dtype: torch.dtype) -> int:
+        """What ``mode`` moves at least, after :data:`BYTE_FORMULA`."""
+        return self.passes[mode] * math.prod(shape.values()) * dtype.itemsize
+
+
+class Data(NamedTuple):
+    """Inputs, their tangents, and the cotangents ``a`` of the output and ``b`` of its tangent."""
+
+    x: tuple[Tensor, ...]
+    x_t: tuple[Tensor, ...]
+    a: Tensor
+    b: Tensor
+    aux: tuple[Tensor, ...] = ()
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Data:
+        return Data(*(tuple(map(f, part)) for part in self[:2]), f(self.a), f(self.b), tuple(map(f, self.aux)))
+
+
+class Provider(NamedTuple):
+    """``prepare(op, mode, data)`` runs what a mode needs before it and returns the mode's own work."""
+
+    name: str
+    prepare: Callable[[Op, str, Data], Work]
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * weight + bias
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+
+
+_UNARY = dict(zip(MODES, (2, 3, 4, 6, 5), strict=True))
+OPS = {op.name: op for op in (
+    Op("rms_norm", _rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), 1, _UNARY, weights=1,
+       options={"eps": 1e-6}),
+    Op("layer_norm", _layer_norm, lambda x, w, c: F.layer_norm(x, w.shape, w, c, 1e-5), 1, _UNARY, weights=2,
+       options={"eps": 1e-5}),
+    Op("swiglu", lambda gate, up: gate * torch.sigmoid(gate) * up, lambda gate, up: F.silu(gate) * up, 2,
+       dict(zip(MODES, (3, 5, 6, 10, 8), strict=True))),
+    Op("gelu", _gelu, F.gelu, 1, _UNARY, options={"approximate": "none"}),
+    Op("gelu_tanh", _gelu_tanh, partial(F.gelu, approximate="tanh"), 1, _UNARY, module="gelu",
+       options={"approximate": "tanh"}),
+    # linear: its tangent is the op again, and its backward the op with the sine negated
+    Op("rotary", _rotary, None, 1, dict(zip(FIRST_ORDER, (2, 2), strict=True))))}
+
+Shapes = Mapping[str, Sequence[Mapping[str, int]]]
+
+
+def _shapes(rows: int, norms: Sequence[int], activations: Sequence[int], heads: int, d: int) -> Shapes:
+    def of(widths: Sequence[int]) -> list[Mapping[str, int]]:
+        return [{"rows": rows, "width": width} for width in widths]
+
+    return {**dict.fromkeys(("rms_norm", "layer_norm"), of(norms)),
+            **dict.fromkeys(("swiglu", "gelu", "gelu_tanh"), of(activations)),
+            "rotary": [{"batch": 1, "heads": heads, "rows": rows, "d": d}]}
+
+
+CUDA = _shapes(16384, (1024, 4096, 8192), (4096, 14336), 32, 128)
+CPU = _shapes(1024, (256, 1024), (1024,), 8, 64)
+QUICK = _shapes(6, (16,), (16,), 2, 8)
+PARTS = tuple(OPS)
+
+
+def draw(op: Op, shape: Mapping[str, int], dtype: torch.dtype, device: str) -> Data:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    size = tuple(shape.values())
+    x, x_t = (tuple(random(*s) for s in [size] * op.inputs + [size[-1:]] * op.weights) for _ in range(2))
+    aux = ()
+    if op.name == "rotary":
+        aux = rotary_tables(torch.arange(shape["rows"], device=device), shape["d"], dtype=dtype)
+    return Data(x, x_t, random(*size), random(*size), aux)
+
+
+def by_autograd(formula: str, op: Op, mode: str, data: Data) -> Work:
+    """What PyTorch's autograd makes of ``op.plain`` or ``op.vendor``."""
+    of = getattr(op, formula)
+    if of is None or (formula == "vendor" and mode not in FIRST_ORDER):
+        raise NotImplementedError("first order only" if of else f"PyTorch has no {op.name}")
+    x, x_t = ([t.detach().requires_grad_() for t in part] for part in data[:2])
+    b = data.b.detach().requires_grad_()
+
+    def f(*x: Tensor) -> Tensor:
+        return of(*x, *data.aux)
+
+    def dual() -> tuple[Tensor, ...]:
+        return torch.func.jvp(f, tuple(x), tuple(x_t))
+
+    if mode == "forward":
+        return lambda: {"y": f(*x)}
+    if mode == "dual_forward":
+        return lambda: _named("dual", dual())
+    if mode == "dual_backward":
+        outputs = dual()
+        return lambda: _named("dual gradient", _gradients(outputs, (*x, *x_t), (data.a, data.b)))
+    y = f(*x)
+    if mode == "backward":
+        return lambda: _named("gradient", _gradients((y,), x, (data.b,)))
+    first = grad(y, x, b, create_graph=True)
+    return lambda: _named("second derivative", _gradients(first, (*x, b), data.x_t))
+
+
+def _gradients(outputs: Sequence[Tensor], x: Sequence[Tensor], bars: Sequence[Tensor]) -> Sequence[Tensor]:
+    # the gradient of a bias depends on nothing but the cotangent
+    return grad(outputs, x, bars, retain_graph=True, materialize_grads=True)
+
+
+def by_kernels(backend: str, compiled: bool, op: Op, mode: str, data: Data) -> Work:
+    """The kernels of a backend, without autograd around them."""
+    name = op.module or op.name
+    kernels: Any = backends.select(name, backend, *data.x)
+    if compiled:
+        kernels = _Compiled(importlib.import_module(f"gradmem_kernels.{backend}.{name}"))
+    with torch.no_grad():
+        return _kernel_work(kernels, op, mode, data)
+
+
+def _kernel_work(kernels: Any, op: Op, mode: str, data: Data) -> Work:
+    if op.name == "rotary":
+        run, of = (kernels.forward, data.x[0]) if mode == "forward" else (kernels.transpose, data.b)
+        name = "y" if mode == "forward" else "gradient 0"
+        return lambda: {name: run(of, *data.aux)}
+    x, x_t, a, b, _ = data
+    options, every, none = op.options or {}, (True,) * len(x), (False,) * len(x)
+    y, saved = kernels.forward(x, (), **options)
+    if mode == "forward":
+        return lambda: {"y": kernels.forward(x, (), **options)[0][0]}
+    if mode == "backward":
+        return lambda: _named("gradient", kernels.backward(x, (), y, saved, (b,), every, **options))
+    dual = partial(kernels.dual_forward, x, (), x_t, **options)
+    if mode == "dual_forward":
+        return lambda: _named("dual", [t for part in dual()[:2] for t in part])
+    backward = partial(kernels.dual_backward, x, (), x_t)
+    if mode == "dual_backward":
+        outputs = dual()
+        return lambda: _named("dual gradient", [t for part in backward(*outputs, (a,), (b,), every, every, **options)
+                                                for t in part])
+
+    def double_backward() -> Named:
+        if hasattr(kernels, "double_backward"):
+            x_bar, y_t = kernels.double_backward(x, (), x_t, y, saved, (b,), every, **options)
+        else:
+            outputs = dual()
+            (x_bar, _), y_t = backward(*outputs, (None,), (b,), every, none, **options), outputs[1]
+        return _named("second derivative", (*x_bar, *y_t))
+
+    return double_backward
+
+
+class _Compiled:
+    """A backend's kernels, each compiled when it is first used."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels, self._compiled = kernels, {}
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(self._kernels, name)  # raises where the backend has none
+        return self._compiled.setdefault(name, torch.compile(kernel, dynamic=False))
+
+
+EAGER = Provider("eager", partial(by_autograd, "plain"))
+PROVIDERS = (
+    EAGER,
+    Provider("gradmem-reference", partial(by_kernels, "reference", False)),
+    Provider("gradmem-triton", partial(by_kernels, "triton", False)),
+    Provider("reference-compiled", partial(by_kernels, "reference", True)),
+    Provider("pytorch", partial(by_autograd, "vendor")),
+)
+
+
+def run(options: Options) -> Report:
+    """All ops, or those named in ``options.only``."""
+    device = torch.device(options.device).type
+    shapes = QUICK if options.quick else CUDA if device == "cuda" else CPU
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    unknown = set(options.only) - set(OPS)
+    if unknown:
+        raise SystemExit(f"--only: expected parts of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
+    rows, refused = [], []
+    for op in (op for name, op in OPS.items() if name in options.only or not options.only):
+        for shape in shapes[op.name]:
+            found, wrong = measure(op, shape, dtype, options)
+            rows += found
+            refused += wrong
+    return Report(rows, refused)
+
+
+def measure(op: Op, shape: Mapping[str, int], dtype: torch.dtype, options: Options) -> tuple[list[Row], list[str]]:
+    """One shape: every provider in every mode is checked, then those that are right are timed, interleaved."""
+    data = draw(op, shape, dtype, options.device)
+    rows, wrong, prepared = {}, [], {}
+    base = Row(suite="ops", step=op.name, provider="", mode="", dtype=str(dtype).removeprefix("torch."), shape=shape,
+               provenance=Provenance.here(options.device))
+    for mode in op.passes:
+        exact = EAGER.prepare(op, mode, data.map(Tensor.double))()
+        exact = {name: t.detach() for name, t in exact.items() if t.any()}  # a bias has no second derivative
+        eager = _errors(EAGER.prepare(op, mode, data)(), exact)
+        for provider in PROVIDERS:
+            row, prepare = replace(base, provider=provider.name, mode=mode), partial(provider.prepare, op, mode, data)
+            try:
+                ours = _errors(prepare()(), exact)
+            except (NotImplementedError, backends.BackendError, torch.OutOfMemoryError) as error:
+                rows[provider, mode] = replace(row, unavailable=next(iter(str(error).splitlines()), ""))
+                continue
+            reason = gate(f"{provider.name} {op.name} {mode}", ours, eager)
+            if reason is not None:
+                wrong.append(f"{reason} ({_text(shape)})")
+                continue
+            rows[provider, mode] = replace(row, error=max(ours.values()), eager_error=max(eager.values()))
+            prepared[provider, mode] = prepare
+    clock = cuda_clock(options.device) if base.provenance.cuda is not None else wall_clock
+    seconds = interleave_prepared(prepared, options, clock)
+    for key in prepared.keys() - seconds.keys():
+        rows[key] = replace(rows[key], unavailable="out of memory")
+    for key, times in seconds.items():
+        rows[key] = _timed(rows[key], times, seconds.get((EAGER, key[1])), op)
+    return list(rows.values()), wrong
+
+
+def _errors(results: Named, exact: Named) -> dict[str, float]:
+    return errors({name: results[name] for name in exact}, exact)
+
+
+def _timed(row: Row, times: Sequence[float], of_eager: Sequence[float] | None, op: Op) -> Row:
+    q20, median, q80 = (1e3 * t for t in quantiles(times))
+    moved = op.bytes(row.mode, row.shape, getattr(torch, row.dtype))
+    ratio = quantiles([a / b for a, b in zip(times, of_eager, strict=True)])[1] if of_eager else None
+    return replace(row, median_ms=median, q20_ms=q20, q80_ms=q80, repeats=len(times), ratio_to_eager=ratio,
+                   l2="flushed" if row.provenance.cuda is not None else None,
+                   gigabytes_per_second=moved / median * 1e-6, byte_formula=BYTE_FORMULA)
+
+
+def _named(what: str, tensors: Sequence[Tensor]) -> Named:
+    return {f"{what} {i}": t for i, t in enumerate(tensors)}
+
+
+def _text(shape: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in shape.items())
+
+
+def table(rows: Sequence[Row]) -> Group:
+    """A table for each op and shape."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.step, *row.shape.values()), []).append(row)
+    return Group(*map(_table, groups.values()))
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    first = rows[0]
+    out = Table(title=f"{first.step}, {first.dtype}; {_text(first.shape)}")
+    for column in ("mode", "provider", "ms", "20 %", "80 %", "of eager", "GB/s", "error"):
+        out.add_column(column, justify="left" if column in ("mode", "provider") else "right")
+    for row in (row for row in rows if row.unavailable is None and row.median_ms is not None):
+        out.add_row(row.mode, row.provider, *(f"{ms:.3f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)),
+                    f"{row.ratio_to_eager:.2f}x" if row.ratio_to_eager else "-", f"{row.gigabytes_per_second:.1f}",
+                    f"{row.error:.0e}")
+    missing = {(row.provider, row.unavailable): None for row in rows if row.unavailable is not None}
+    out.caption = "\n".join(f"{provider} unavailable: {reason}" for provider, reason in missing)
+    return out
