@@ -149,7 +149,12 @@ class _Gradient:
         """The loss ``[B]`` and the gradient of step ``k``."""
         if self.outer_grad and self.recompute == "none":
             return self._keep_graph(memory, second)
-        replay = _Replay(memory[0].device, rng=not self.has_dual)
+        rng = self.outer_grad and not self.has_dual
+        if rng and _capturing(memory[0].device):
+            Checker("write").fail(
+                "recompute", "'none' while a CUDA graph is captured, for a loss_fn without a dual form",
+                repr(self.recompute), "the state of the random numbers to replay cannot be read then")
+        replay = _Replay(memory[0].device, rng=rng)
         leaves = _leaves(memory)
         # what only the weights' gradients would need is neither computed nor stored
         with torch.enable_grad(), replay.autocast(), _frozen(self.inner_params if self.has_dual else ()):
@@ -282,6 +287,10 @@ def _frozen(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p in leaves:
             p.requires_grad_(True)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _leaves(memory: Sequence[Tensor]) -> tuple[Tensor, ...]:

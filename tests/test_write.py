@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -300,6 +301,16 @@ def test_module_parameters_and_bound_methods_are_found() -> None:
 
 
 # --- replay, orders of differentiation, samples ------------------------------------------------------------------
+
+
+def test_a_loss_whose_random_numbers_are_replayed_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = Quartic()
+    monkeypatch.setattr(sys.modules["gradmem_kernels.write"], "_capturing", lambda _: True)
+    with pytest.raises(ArgumentError, match="write: recompute: expected 'none' while a CUDA graph is captured"):
+        write(loss, loss.memory, steps=1, lr=0.1)
+    write(loss, loss.memory, steps=1, lr=0.1, recompute="none")
+    with torch.no_grad():
+        write(loss, loss.memory, steps=1, lr=0.1)
 
 
 def test_recomputation_replays_random_numbers() -> None:

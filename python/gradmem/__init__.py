@@ -2,15 +2,24 @@
 
 from gradmem.checkpoint import Checkpoint
 from gradmem.config import GradMemConfig, LMConfig
-from gradmem.errors import CheckpointError, DataError, GradMemError, MemoryFileError, MissingExtraError, NonFiniteError
+from gradmem.errors import (
+    CheckpointError,
+    DataError,
+    GradMemError,
+    GraphError,
+    MemoryFileError,
+    MissingExtraError,
+    NonFiniteError,
+)
 from gradmem.evaluation import Evaluation, evaluate
 from gradmem.experiment import DataConfig, Experiment, TrainConfig
+from gradmem.graphs import GraphedStep, GraphedWrite
 from gradmem.lm import CausalLM, TransformersLM
 from gradmem.memory import Memory, Provenance
 from gradmem.model import GradMem, GradMemOutput
 from gradmem.training import Trainer
 
 __all__ = ["CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError", "Evaluation", "Experiment",
-           "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "LMConfig", "Memory", "MemoryFileError",
-           "MissingExtraError", "NonFiniteError", "Provenance", "TrainConfig", "Trainer", "TransformersLM",
-           "evaluate"]
+           "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "GraphError", "GraphedStep", "GraphedWrite",
+           "LMConfig", "Memory", "MemoryFileError", "MissingExtraError", "NonFiniteError", "Provenance", "TrainConfig",
+           "Trainer", "TransformersLM", "evaluate"]

@@ -61,6 +61,8 @@ def train_kv(
                                   f"directory with --out")
         trainer = Trainer(Experiment.from_options(options), out, target)
     console = Console()
+    if trainer.graphs:
+        console.print("steps are captured into CUDA graphs; --cuda-graphs off runs them without", highlight=False)
     with progress(console, trainer.config.max_steps) as on_step:
         stopped = trainer.run(on_step)
     if plot:

@@ -1,6 +1,7 @@
 """Errors of this package. Arguments that are not what a function takes raise ``gradmem_kernels.ArgumentError``."""
 
-__all__ = ["CheckpointError", "DataError", "GradMemError", "MemoryFileError", "MissingExtraError", "NonFiniteError"]
+__all__ = ["CheckpointError", "DataError", "GradMemError", "GraphError", "MemoryFileError", "MissingExtraError",
+           "NonFiniteError"]
 
 
 class GradMemError(Exception):
@@ -25,3 +26,7 @@ class NonFiniteError(GradMemError):
 
 class MissingExtraError(GradMemError):
     """An optional dependency is not installed."""
+
+
+class GraphError(GradMemError):
+    """Something cannot be captured into a CUDA graph, or a captured graph no longer fits its model."""

@@ -55,10 +55,12 @@ class TrainConfig(Config):
     eval_every: int = option(500, "steps between evaluations on held-out contexts", minimum=1)
     eval_samples: int = option(512, "held-out contexts", minimum=1)
     save_every: int = option(500, "steps between checkpoints", minimum=1)
+    cuda_graphs: str = option("auto", "capture steps into CUDA graphs; auto: on CUDA, up to 100 M parameters",
+                              choices=("auto", "on", "off"))
 
     def may_change(self, name: str) -> bool:
         """Whether a resumed run may have another value of this option: its computation would be the same."""
-        return name in ("log_every", "eval_every", "eval_samples", "save_every") or (
+        return name in ("log_every", "eval_every", "eval_samples", "save_every", "cuda_graphs") or (
             name == "max_steps" and self.schedule == "constant")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -120,10 +120,15 @@ class GradMem(nn.Module):
         Raises:
             ArgumentError: as :meth:`forward`.
         """
+        return self._written(lambda *args: self._write(*args).memory, context_ids, context_lengths, steps)
+
+    def _written(self, run: Callable[[Tensor, Tensor | None, int], Tensor], context_ids: Tensor,
+                 context_lengths: Tensor | None, steps: int | None) -> Memory:
+        """What ``run`` writes for arguments that are checked, with its provenance."""
         check = self._check_context("GradMem.write", "context_ids", context_ids, context_lengths)
         steps = self.config.steps if steps is None else steps
         check_count(check, "steps", steps, 0)
-        memory = self._write(context_ids, context_lengths, steps).memory
+        memory = run(context_ids, context_lengths, steps)
         rows = context_ids.tolist()
         lengths = [len(row) for row in rows] if context_lengths is None else context_lengths.tolist()
         rates, model = self.inner_lrs(steps), self.fingerprint()
@@ -188,7 +193,8 @@ class GradMem(nn.Module):
         """SHA-256 over the configuration and every parameter that READ uses, dtype included, in hex.
 
         It is computed again when a parameter has changed in place (by an optimizer, by loading) or was replaced; a
-        change through ``.data``, which autograd does not see either, goes unnoticed.
+        change that autograd does not count goes unnoticed: through ``.data``, or by PyTorch's fused optimizers, unless
+        ``torch.autograd.graph.increment_version`` tells it, as :func:`gradmem.step.meta_step` does.
         """
         weights = list(self._read_weights())
         state = tuple((weight.data_ptr(), weight._version) for _, weight in weights)

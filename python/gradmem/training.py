@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -12,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradmem.checkpoint import Checkpoint, TrainState
 from gradmem.errors import CheckpointError, NonFiniteError
 from gradmem.evaluation import evaluate
 from gradmem.experiment import Experiment, TrainConfig
+from gradmem.graphs import GraphedStep, graphs_wanted
 from gradmem.metrics import MetricsLog
-from gradmem.model import GradMemOutput
-from gradmem.tasks import JsonlTask, exact_match
+from gradmem.step import StepOutput, meta_step
+from gradmem.tasks import Batch, JsonlTask
 from gradmem_kernels.ranges import named_range
 
 __all__ = ["CHECKPOINT", "METRICS", "Trainer", "learning_rate"]
@@ -52,14 +53,16 @@ class Trainer:
     def __init__(self, experiment: Experiment, directory: str | Path, device: torch.device | str = "cpu",
                  checkpoint: Checkpoint | None = None) -> None:
         self.experiment, self.config = experiment, experiment.train
-        self.directory, self.device = Path(directory), device
+        self.directory, self.device = Path(directory), torch.device(device)
         self.task = experiment.make_task()
-        self.model = experiment.make_model().to(device)
+        self.model = experiment.make_model().to(self.device)
         matrices = [weight for weight in self.model.parameters() if weight.ndim == 2]
         others = [weight for weight in self.model.parameters() if weight.ndim != 2]
+        # a rate in a tensor can change between replays of a graph
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=self.config.lr, betas=(0.9, self.config.beta2), fused=True)
+            lr=torch.tensor(self.config.lr, device=self.device), betas=(0.9, self.config.beta2), fused=True,
+            capturable=self.device.type == "cuda")
         digest = self.task.digest if isinstance(self.task, JsonlTask) else ""
         start = self.config.start_pairs or self.task.levels
         self.state = TrainState(level=start, data=digest)
@@ -68,6 +71,11 @@ class Trainer:
                 raise CheckpointError(f"{checkpoint.path}: the data files have changed since it was made")
             self.state = checkpoint.state
             checkpoint.restore(self.model, self.optimizer)
+        #: whether steps are captured into CUDA graphs
+        self.graphs = graphs_wanted(self.config.cuda_graphs, self.model, self.device)
+        self._take_step: Callable[[Batch], StepOutput] = (
+            GraphedStep(self.model, self.optimizer, grad_clip=self.config.grad_clip) if self.graphs
+            else functools.partial(meta_step, self.model, self.optimizer, grad_clip=self.config.grad_clip))
         self.directory.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(self.directory / METRICS, self.state.step)
 
@@ -91,7 +99,7 @@ class Trainer:
             The signal that stopped the run, or ``None``.
 
         Raises:
-            NonFiniteError: if a loss or its gradient is not finite; the last checkpoint stays.
+            NonFiniteError: if a loss or its gradient is not finite; weights and last checkpoint stay.
         """
         state, config = self.state, self.config
         first = state.step
@@ -126,28 +134,15 @@ class Trainer:
             batch = self.task.batch(state.step, config.batch_size, queries=config.queries, level=level).to(self.device)
         lr = learning_rate(config, state.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        out = self.model(batch.context_ids, batch.query_ids, batch.labels, batch.context_lengths)
-        loss = _finite("loss", out.loss, state.step)
-        with named_range("outer backward"):
-            out.loss.backward()
-        norm = _finite("norm of the gradient",
-                       torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip), state.step)
-        with named_range("optimizer step"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        match = exact_match(out.logits, batch).float().mean().item()
+            group["lr"].fill_(lr)
+        loss, norm, match, inner = self._take_step(batch).numbers()
+        _check_finite("loss", loss, state.step)
+        _check_finite("norm of the gradient", norm, state.step)
         self._advance(match)
-        return {"step": state.step, "loss": loss, **self._parts(out, loss), "exact_match": match,
+        read = loss if inner is None else loss - self.experiment.gradmem.inner_loss_weight * inner
+        return {"step": state.step, "loss": loss, "read_loss": read, "inner_loss": inner, "exact_match": match,
                 "average": state.average, "level": level, "lr": lr, "grad_norm": norm,
                 "seconds": time.perf_counter() - started}
-
-    def _parts(self, out: GradMemOutput, loss: float) -> dict[str, float | None]:
-        """The READ loss and, where WRITE takes steps, the last inner loss."""
-        if not len(out.inner_losses):
-            return {"read_loss": loss, "inner_loss": None}
-        inner = out.inner_losses[-1].mean().item()
-        return {"read_loss": loss - self.experiment.gradmem.inner_loss_weight * inner, "inner_loss": inner}
 
     def _advance(self, match: float) -> None:
         """Counts a step; the next level begins when the moving average of exact match is high enough."""
@@ -164,12 +159,10 @@ class Trainer:
                              "held_out_exact_match": result.exact_match})
 
 
-def _finite(what: str, value: Tensor, step: int) -> float:
-    number = value.item()
+def _check_finite(what: str, number: float, step: int) -> None:
     if not math.isfinite(number):
         raise NonFiniteError(f"step {step + 1}: the {what} is {number}; a smaller lr, inner_lr or grad_clip, or inner "
                              f"clipping may help. The last checkpoint is kept")
-    return number
 
 
 @contextlib.contextmanager

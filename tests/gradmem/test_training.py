@@ -182,21 +182,26 @@ def test_invalid_checkpoints_are_refused(experiment: Experiment, options: Option
 def test_a_loss_that_is_not_finite_stops_with_the_step(options: Options, tmp_path: Path) -> None:
     trainer = Trainer(Experiment.from_options({**options, "save_every": 1}), tmp_path)
 
+    spoilt: list[dict[str, torch.Tensor]] = []
+
     def spoil(state: Any, _: Any) -> None:
         if state.step == 2:
             with torch.no_grad():
                 trainer.model.backbone.lm_head.weight[0, 0] = math.nan
+            spoilt.append(weights(trainer.model))
 
     with pytest.raises(NonFiniteError, match="step 3: the loss is nan"):
         trainer.run(spoil)
     assert Checkpoint.load(tmp_path / CHECKPOINT).state.step == 2
+    for name, weight in trainer.model.named_parameters():  # the step that failed changed nothing
+        assert torch.equal(weight.nan_to_num(), spoilt[0][name].nan_to_num()), name
 
 
 def test_the_curriculum_adds_pairs_and_stops_early(options: Options, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     options |= {"pairs": 3, "start_pairs": 1, "ema": 0.5, "advance_at": 0.7, "stop_at": 0.8, "max_steps": 50}
     trainer = Trainer(Experiment.from_options(options), tmp_path)
-    monkeypatch.setattr("gradmem.training.exact_match", lambda *_: torch.tensor([True]))
+    monkeypatch.setattr("gradmem.step.exact_match", lambda *_: torch.tensor([True]))
     levels = []
     trainer.run(lambda _, entry: levels.append(entry["level"]))
     assert levels == [1, 1, 2, 2, 3, 3, 3]  # averages 0.5, 0.75 in each level; the last one needs 0.8
