@@ -13,7 +13,7 @@ from gradmem_kernels.triton.common import accumulator, define, like, on_device, 
 from gradmem_kernels.triton.common import refusal as refusal_of
 from gradmem_kernels.triton.rows import mapped_first
 
-#: Pairs of a tile, and the heads that a program turns by one reading of the tables.
+#: Pairs of channels of a tile, and the heads that a program turns by one reading of the tables.
 PAIRS, HEADS, WARPS = 1024, 4, 4
 
 
@@ -80,16 +80,16 @@ def _launch(x, cos, sin, transposed):
     y, x = like(x), rows_dense(x)
     batch, heads, length, d = x.shape
     half = cos.shape[-1]
-    width = triton.next_power_of_2(max(1, half))
-    rows = max(1, PAIRS // width)
+    pairs, rest = (triton.next_power_of_2(max(1, size)) for size in (half, d - 2 * half))
+    rows = max(1, PAIRS // max(pairs, rest // 2))
     cos, sin = rows_dense(cos), rows_dense(sin)
     grid = batch * triton.cdiv(heads, HEADS) * triton.cdiv(length, rows)
     if x.numel() > 0:
         with on_device(x):
             rotary_kernel[grid,](
                 x, y, cos, sin, strides(x), strides(y), _table_strides(cos), _table_strides(sin), heads, length,
-                HALF=half, HALF_P=width, REST=d - 2 * half, REST_P=triton.next_power_of_2(max(1, d - 2 * half)),
-                TRANSPOSED=transposed, ROWS=rows, HEADS=HEADS, ACC=accumulator(x.dtype), num_warps=WARPS)
+                HALF=half, HALF_P=pairs, REST=d - 2 * half, REST_P=rest, TRANSPOSED=transposed, ROWS=rows, HEADS=HEADS,
+                ACC=accumulator(x.dtype), num_warps=WARPS)
     return y
 
 
