@@ -27,6 +27,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.compile_rows import CALLS, RowsBuild, rows_builds
 from benchmarks.harness import RESULTS
 from gradmem_kernels.triton import attention
 from gradmem_kernels.triton import attention_kernels as kernels
@@ -112,7 +113,7 @@ FEATURES = (
 
 
 class Build(NamedTuple):
-    """One kernel to compile."""
+    """One kernel of attention to compile; those of other ops are :class:`benchmarks.compile_rows.RowsBuild`."""
 
     name: str
     kernel: str
@@ -122,6 +123,26 @@ class Build(NamedTuple):
     config: Config
     feature: Feature = PLAIN
     precision: str = "ieee"
+
+    op = "attention"
+
+    @property
+    def listed(self) -> bool:
+        """Whether it has a line in the table."""
+        return not self.feature.name
+
+    @property
+    def stack_limit(self) -> int | None:
+        """Bytes of stack per thread that it may have."""
+        return STACK_LIMIT if self.head_dim in STACK_HEAD_DIMS and self.config.measured is None else None
+
+    @property
+    def size(self) -> int:
+        """What takes longest to compile comes first."""
+        return self.head_dim
+
+    def source(self) -> ASTSource:
+        return source(self)
 
 
 @dataclass(frozen=True)
@@ -144,13 +165,13 @@ class Line:
     mma: int
 
 
-def table_builds() -> list[Build]:
-    """What the table lists: every configuration, and the row statistics of each class."""
-    builds = [_build(key, config) for key, config in CONFIGS.items()]
+def table_builds() -> list[Build | RowsBuild]:
+    """What the table lists: every configuration of attention, the row statistics of each class, and the other ops."""
+    builds: list[Build | RowsBuild] = [_build(key, config) for key, config in CONFIGS.items()]
     for dtype in ("half", "float32"):  # it has no products
         for head_dim in HEAD_DIMS:
             builds += [_build(Key("row_statistics", dtype, head_dim, arch), STATISTICS) for arch in SHARED_LIMITS]
-    return builds
+    return [*builds, *rows_builds()]
 
 
 def _build(key: Key, config: Config) -> Build:
@@ -210,17 +231,17 @@ def _constants(build: Build) -> dict[str, Any]:
             "OTHER": build.config.other, **build.feature.flags}
 
 
-def _compile(build: Build) -> Any:
+def _compile(build: Build | RowsBuild) -> Any:
     """Compiles, through Triton's own cache."""
     stages = {"num_stages": build.config.stages} if build.config.stages else {}
     target = GPUTarget("cuda", int(build.architecture.removeprefix("sm_")), 32)
-    return triton.compile(source(build), target=target, options={"num_warps": build.config.warps, **stages})
+    return triton.compile(build.source(), target=target, options={"num_warps": build.config.warps, **stages})
 
 
-def compile_build(build: Build) -> Line | None:
+def compile_build(build: Build | RowsBuild) -> Line | None:
     """Compiles, and reads the binary; not that of a feature, since disassembling takes longer than Triton's cache."""
     config, compiled = build.config, _compile(build)
-    if build.feature.name:
+    if not build.listed:
         return None
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -271,7 +292,8 @@ def write_table(version: str, lines: Mapping[str, Line]) -> Path:
     return path(version)
 
 
-def compare(builds: Sequence[Build], lines: Mapping[str, Line], committed: Mapping[str, Line]) -> Iterator[str]:
+def compare(builds: Sequence[Build | RowsBuild], lines: Mapping[str, Line],
+            committed: Mapping[str, Line]) -> Iterator[str]:
     """What is wrong with ``lines``, the results of ``builds``: which, what was expected, what was got."""
     for build in builds:
         if build.name in lines:
@@ -281,13 +303,13 @@ def compare(builds: Sequence[Build], lines: Mapping[str, Line], committed: Mappi
         yield f"{name}: stale: in the table, but there is no such configuration"
 
 
-def _limits(build: Build, line: Line) -> Iterator[str]:
+def _limits(build: Build | RowsBuild, line: Line) -> Iterator[str]:
     limit = SHARED_LIMITS[build.architecture]
     if line.shared > limit:
         yield f"{build.name}: shared memory: expected at most {limit} bytes on {build.architecture}, got {line.shared}"
-    if build.head_dim in STACK_HEAD_DIMS and line.stack > STACK_LIMIT and build.config.measured is None:
-        yield (f"{build.name}: stack: expected at most {STACK_LIMIT} bytes per thread in a configuration that was not "
-               f"measured, got {line.stack}")
+    if build.stack_limit is not None and line.stack > build.stack_limit:
+        yield (f"{build.name}: stack: expected at most {build.stack_limit} bytes per thread in a configuration that "
+               f"was not measured, got {line.stack}")
 
 
 def _changes(name: str, line: Line, committed: Mapping[str, Line]) -> Iterator[str]:
@@ -299,7 +321,7 @@ def _changes(name: str, line: Line, committed: Mapping[str, Line]) -> Iterator[s
                 for field in now if before[field] != now[field])
 
 
-def _compile_all(builds: Sequence[Build], jobs: int, console: Console) -> tuple[dict[str, Line], list[str]]:
+def _compile_all(builds: Sequence[Build | RowsBuild], jobs: int, console: Console) -> tuple[dict[str, Line], list[str]]:
     """The lines by name in the order of ``builds``, and what did not compile."""
     lines: dict[str, Line | None] = {}
     failed = []
@@ -308,7 +330,7 @@ def _compile_all(builds: Sequence[Build], jobs: int, console: Console) -> tuple[
         task = bar.add_task(f"compiling with Triton {triton.__version__}", total=len(builds))
         # large ones first, so that none is left over at the end
         pending = {pool.submit(compile_build, build): build
-                   for build in sorted(builds, key=lambda build: -build.head_dim)}
+                   for build in sorted(builds, key=lambda build: -build.size)}
         for future in concurrent.futures.as_completed(pending):
             build = pending[future]
             try:
@@ -336,6 +358,8 @@ def main(arguments: Sequence[str]) -> int:
     """The command: 0 if everything compiles, keeps its limits and equals the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compile-report", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="half precision at head dimension 64 on sm_90 only")
+    parser.add_argument("--only", action="append", default=[], choices=("attention", *CALLS), metavar="OP",
+                        help="the kernels of an op alone; the lines of others stay as they are")
     parser.add_argument("--update", action="store_true", help="replace the table of this version of Triton")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (default 2)")
     args = parser.parse_args(arguments)
@@ -356,10 +380,16 @@ def _report(args: argparse.Namespace, console: Console) -> int:
     if args.quick:
         listed, features = [build for build in listed if build.name.endswith(" half d64 sm_90")], []
         committed = {build.name: committed[build.name] for build in listed if build.name in committed}
+    if args.only:
+        listed, features = ([build for build in builds if build.op in args.only] for builds in (listed, features))
+        others = {build.name for build in table_builds()} - {build.name for build in listed}
+        committed = {name: line for name, line in committed.items() if name not in others}
     lines, problems = _compile_all([*listed, *features], args.jobs, console)
     console.print(table(lines))
     if args.update and not problems:
-        console.print(f"written: {write_table(version, lines)}")
+        kept = read_table(version)
+        whole = {build.name: (kept | lines)[build.name] for build in table_builds() if build.name in kept | lines}
+        console.print(f"written: {write_table(version, whole)}")
         committed = lines
     problems += compare(listed, lines, committed)
     for problem in problems:
