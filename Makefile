@@ -11,7 +11,7 @@ REPORT ?=
 # An interpreter that has all dependencies already, for the targets on a GPU, e.g. WITH=python3: nothing is installed.
 WITH ?=
 # What `make gpu-attention` does, in order; what is done is not done again until `make gpu-again`.
-STAGES ?= configs headline long tests memory gqa sweep
+STAGES ?= configs headline long tests memory gqa sweep ops
 # Processes of its tests: compilation is what takes their time.
 JOBS ?= 8
 # Arguments for `make tune`, e.g. TUNE="--kernel dual_backward_keys --dtype half --head-dim 128".
@@ -53,7 +53,7 @@ compile-report: $(INSTALLED) $(OLD_TRITON)/.installed ## what the Triton kernels
 	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m benchmarks compile-report $(REPORT); old=$$?; \
 	$(BIN)/python -m benchmarks compile-report $(REPORT) && exit $$old
 
-gpu-attention: $(GPU_READY) ## on a GPU: tests and benchmarks of attention, most telling first
+gpu-attention: $(GPU_READY) ## on a GPU: tests, benchmarks of attention, most telling first, and of the other ops
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'
 	@$(MAKE) --no-print-directory -k $(STAGES:%=build/gpu/%)
 
@@ -69,6 +69,10 @@ build/gpu/configs: $(GPU_READY)
 
 build/gpu/tests: $(GPU_READY)
 	$(GPU_PYTHON) -m pytest -q -n $(JOBS) -p no:cacheprovider tests/gpu -k 'not every_config and not graph_capture'
+	@mkdir -p $(@D) && touch $@
+
+build/gpu/ops: $(GPU_READY)
+	$(GPU_PYTHON) -m benchmarks ops --device cuda --store
 	@mkdir -p $(@D) && touch $@
 
 build/gpu/%: $(GPU_READY)
