@@ -154,6 +154,7 @@ class Line:
     warps: int
     stages: int
     apart: bool
+    part: int | None
     registers: int
     #: Bytes of stack per thread, and the instructions that load from or store to it.
     stack: int
@@ -228,7 +229,8 @@ def _constants(build: Build) -> dict[str, Any]:
     return {"DUAL": build.kernel.startswith("dual"), "KNOWN": False, "CAUSAL": True, "WINDOW": False, "CAP": False,
             "DROPOUT": False, "SOME_T": False, "D": build.head_dim, "DP": triton.next_power_of_2(build.head_dim),
             "ACC": tl.float32, "PRECISION": build.precision, "OWN": build.config.own,
-            "OTHER": build.config.other, **build.feature.flags}
+            "OTHER": build.config.other, "PART": build.config.part or triton.next_power_of_2(build.head_dim),
+            **build.feature.flags}
 
 
 def _compile(build: Build | RowsBuild) -> Any:
@@ -247,8 +249,8 @@ def compile_build(build: Build | RowsBuild) -> Line | None:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage, text = _cuobjdump("-res-usage", cubin), _cuobjdump("-sass", cubin)
-    return Line(config.own, config.other, config.warps, config.stages, config.apart, shared=compiled.metadata.shared,
-                **parse(usage, text))
+    return Line(config.own, config.other, config.warps, config.stages, config.apart, config.part,
+                shared=compiled.metadata.shared, **parse(usage, text))
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
@@ -348,6 +350,7 @@ def table(lines: Mapping[str, Line]) -> Table:
         out.add_column(column, justify="right")
     for name, line in lines.items():
         tile = (f"{line.own}x{line.other}" if line.other else f"{line.own}") + (" apart" if line.apart else "")
+        tile += f" part {line.part}" if line.part else ""
         numbers = (line.warps, line.stages, line.registers, line.stack, line.spills, f"{line.shared / 1024:.1f}",
                    line.wgmma, line.mma)
         out.add_row(name, tile, *map(str, numbers))

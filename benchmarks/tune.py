@@ -55,12 +55,13 @@ class Found(NamedTuple):
 def candidates(key: Key) -> list[Config]:
     """The configurations worth trying for a kernel: what may fit into its registers."""
     found = []
-    for own, other, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
+    parts = (None, 32) if key.head_dim > (32 if key.dtype == "float32" else 64) else (None,)
+    for own, other, warps, stages in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
         for apart in (False, True) if key.kernel == "dual_backward_keys" else (False,):
             tiles, accumulators = TILES[key.kernel]
             held = tiles * own * other + accumulators // (2 if apart else 1) * own * key.head_dim
             if 16 <= held / (32 * warps) <= REGISTERS:
-                found.append(Config(own, other, warps, stages, apart))
+                found += [Config(own, other, warps, stages, apart, part) for part in parts]
     return found
 
 
@@ -112,9 +113,9 @@ def search(kernel: str, configs: Iterable[Config], check: Callable[[], str | Non
 
 def entry(key: Key, config: Config, device: str, date: str) -> str:
     """A line of the table of configurations."""
-    apart = ", apart=True" if config.apart else ""
+    extra = (", apart=True" if config.apart else "") + (f", part={config.part}" if config.part else "")
     return (f'    Key("{key.kernel}", "{key.dtype}", {key.head_dim}, "{key.architecture}"): '
-            f"Config({config.own}, {config.other}, {config.warps}, {config.stages}{apart}, "
+            f"Config({config.own}, {config.other}, {config.warps}, {config.stages}{extra}, "
             f'measured="{device}, {date}"),')
 
 

@@ -259,7 +259,8 @@ def test_printed_entries_are_the_table():
     first, *comments = tune.report(key, old, found, "NVIDIA H100", "2026-11-25")
     table = eval("{" + first + "}", {"Key": Key, "Config": Config})
     assert table == {key: new._replace(measured="NVIDIA H100, 2026-11-25")}
-    assert comments == ["    # 1.000 ms; before, Config(own=32, other=64, warps=4, stages=2, apart=False): 2.000 ms",
+    before = "Config(own=32, other=64, warps=4, stages=2, apart=False, part=None)"
+    assert comments == [f"    # 1.000 ms; before, {before}: 2.000 ms",
                         "    # 2 of 3 candidates work",
-                        "    # Config(own=128, other=128, warps=4, stages=3, apart=False): too large"]
+                        "    # Config(own=128, other=128, warps=4, stages=3, apart=False, part=None): too large"]
     assert "no candidate works, the first because of too large" in next(tune.report(key, None, found[2:], "", ""))

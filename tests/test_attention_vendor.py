@@ -69,6 +69,12 @@ def test_the_vendor_runs_the_first_order_and_nothing_else(options, vendor_calls)
     assert vendor_calls == {"forward": 1, "backward": 1}
 
 
+def test_rows_of_gradients_are_left_to_the_backend(vendor_calls):
+    """The vendor's forward, and a backward that skips what is constant."""
+    check_values(vendor_case(batch=2, lengths=(5, 5), causal=True, grad_rows=(1, 3)))
+    assert vendor_calls == {"forward": 1, "backward": 0}
+
+
 def test_saved_rows_are_those_of_the_backends():
     """The log-sum-exp of a vendor serves the kernels of every backend, and theirs the vendor."""
     x = tuple(t.detach() for t in vendor_case(heads=(4, 2), lengths=(5, 5), d=3).inputs)
@@ -105,7 +111,7 @@ def test_mapped_tensors_go_to_the_backend(vendor_calls):
 @pytest.mark.parametrize(("options", "reason"), [
     ({"causal": True, "lengths": (2, 3)}, "aligns causal queries top-left"), ({"scale": -0.7}, "a positive scale"),
     ({"window": 2}, "no window"), ({"softcap": 1.0, "dropout": 0.5}, "no softcap and dropout"),
-    ({"seqlens": (2,)}, "no padding, packing, mask or bias"), ({"grad_rows": (0, 1)}, "no grad_rows"),
+    ({"seqlens": (2,)}, "no padding, packing, mask or bias"),
     ({"lengths": (0, 3)}, "a tensor is empty")], ids=str)
 def test_what_a_vendor_does_not_serve_raises_when_asked_for(options, reason):
     asked = vendor_case(**options)

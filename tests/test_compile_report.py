@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set
 
 CONFIG = Config(64, 32, 4, 2)
 BUILD = report.Build("forward half d64 sm_90", "forward", "bf16", 64, "sm_90", CONFIG)
-LINE = report.Line(64, 32, 4, 2, False, registers=128, stack=0, spills=0, shared=1024, wgmma=8, mma=0)
+LINE = report.Line(64, 32, 4, 2, False, None, registers=128, stack=0, spills=0, shared=1024, wgmma=8, mma=0)
 
 USAGE = """
 Fatbin elf code:
@@ -126,7 +126,7 @@ def test_committed_tables_cover_what_ships(version):
     assert len(builds) > len(CONFIGS) > 0
     for name, build in builds.items():
         line = committed[name]
-        assert (line.own, line.other, line.warps, line.stages, line.apart) == build.config[:5], name
+        assert (line.own, line.other, line.warps, line.stages, line.apart, line.part) == build.config[:6], name
         assert list(report.compare([build], {name: line}, {name: line})) == []
 
 

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from gradmem_kernels.triton import attention_kernels as kernels
-from gradmem_kernels.triton.attention_configs import HEAD_DIMS, MAX_HEAD_DIM, Config, choose, dtype_class
+from gradmem_kernels.triton.attention_configs import HEAD_DIMS, Config, choose, dtype_class
 from gradmem_kernels.triton.common import (
     accumulator,
     architecture,
@@ -40,10 +40,8 @@ def refusal(q: Tensor | None = None, *_: Tensor | None) -> str | None:
     reason = refusal_of(q)
     if q is None or reason is not None:
         return reason
-    most = MAX_HEAD_DIM[dtype_class(q.dtype)] if q.is_cuda else HEAD_DIMS[-1]
-    if q.shape[-1] > most:
-        remedy = "; torch.set_float32_matmul_precision('high') allows 256" if most < HEAD_DIMS[-1] else ""
-        return f"head dimension {q.shape[-1]}; the Triton kernels take at most {most} in {q.dtype}{remedy}"
+    if q.shape[-1] > HEAD_DIMS[-1]:
+        return f"head dimension {q.shape[-1]}; the Triton kernels take at most {HEAD_DIMS[-1]}"
     return None
 
 
@@ -127,7 +125,8 @@ class _Call:
         if grid[0] > 0:
             with on_device(self.q):
                 kernel[grid](**arguments, **self.arguments, first=first, blocks=blocks, OWN=config.own,
-                             OTHER=config.other, num_warps=config.warps, num_stages=config.stages)
+                             OTHER=config.other, PART=config.part or self.arguments["DP"], num_warps=config.warps,
+                             num_stages=config.stages)
 
     def row_statistics(self, o: Tensor, o_t: Tensor | None, a: Tensor | None, b: Tensor, lse: Tensor,
                        mu: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["CONFIGS", "DTYPES", "HEAD_DIMS", "KERNELS", "MAX_HEAD_DIM", "Config", "Key", "choose", "dtype_class",
+__all__ = ["CONFIGS", "DTYPES", "HEAD_DIMS", "KERNELS", "Config", "Key", "choose", "dtype_class",
            "override"]
 
 #: The largest head dimension of each class; each is padded to a power of two.
@@ -18,11 +18,8 @@ HEAD_DIMS = (32, 64, 128, 256)
 KERNELS = ("forward", "dual_forward", "backward_queries", "backward_keys", "dual_backward_queries",
            "dual_backward_keys")
 
-
-#: bfloat16 and float16; float32 whose products may be TF32; float32 in full.
+#: bfloat16 and float16; float32 whose products may be TF32; float32 in full, with three TF32 products for each.
 DTYPES = ("half", "tf32", "float32")
-#: Full float32 takes three TF32 products for each, whose factors fit in registers up to here.
-MAX_HEAD_DIM = {"half": 256, "tf32": 256, "float32": 64}
 
 
 class Config(NamedTuple):
@@ -34,6 +31,8 @@ class Config(NamedTuple):
     stages: int
     #: Of dual_backward_keys: the tangents' cotangents in a launch of their own, where all four do not fit in registers.
     apart: bool = False
+    #: Columns of the head dimension that products read from memory at a time where tiles do not fit in registers.
+    part: int | None = None
     #: Device and date of the measurement that chose it; None: not measured yet.
     measured: str | None = None
 
@@ -102,13 +101,25 @@ CONFIGS: Mapping[Key, Config] = {
     Key("backward_queries", "float32", 32, "sm_90"): Config(64, 32, 4, 1),
     Key("backward_keys", "float32", 32, "sm_90"): Config(64, 32, 4, 1),
     Key("dual_backward_queries", "float32", 32, "sm_90"): Config(64, 32, 4, 1),
-    Key("dual_backward_keys", "float32", 32, "sm_90"): Config(16, 16, 4, 1),
+    Key("dual_backward_keys", "float32", 32, "sm_90"): Config(32, 16, 4, 1, part=16),
     Key("forward", "float32", 64, "sm_90"): Config(64, 32, 4, 1),
-    Key("dual_forward", "float32", 64, "sm_90"): Config(32, 16, 4, 1),
+    Key("dual_forward", "float32", 64, "sm_90"): Config(32, 32, 8, 1, part=32),
     Key("backward_queries", "float32", 64, "sm_90"): Config(64, 32, 4, 1),
     Key("backward_keys", "float32", 64, "sm_90"): Config(64, 32, 4, 1),
-    Key("dual_backward_queries", "float32", 64, "sm_90"): Config(16, 16, 4, 1),
-    Key("dual_backward_keys", "float32", 64, "sm_90"): Config(16, 16, 4, 1),
+    Key("dual_backward_queries", "float32", 64, "sm_90"): Config(32, 32, 8, 1, part=32),
+    Key("dual_backward_keys", "float32", 64, "sm_90"): Config(32, 32, 8, 1, part=32),
+    Key("forward", "float32", 128, "sm_90"): Config(64, 32, 8, 1, part=32),
+    Key("dual_forward", "float32", 128, "sm_90"): Config(32, 16, 8, 1, part=32),
+    Key("backward_queries", "float32", 128, "sm_90"): Config(64, 32, 8, 1, part=32),
+    Key("backward_keys", "float32", 128, "sm_90"): Config(32, 16, 8, 1, part=32),
+    Key("dual_backward_queries", "float32", 128, "sm_90"): Config(32, 32, 8, 1, part=32),
+    Key("dual_backward_keys", "float32", 128, "sm_90"): Config(32, 16, 8, 1, apart=True, part=32),
+    Key("forward", "float32", 256, "sm_90"): Config(64, 32, 8, 1, part=32),
+    Key("dual_forward", "float32", 256, "sm_90"): Config(16, 16, 8, 1, part=32),
+    Key("backward_queries", "float32", 256, "sm_90"): Config(64, 32, 8, 1, part=32),
+    Key("backward_keys", "float32", 256, "sm_90"): Config(32, 16, 8, 1, part=32),
+    Key("dual_backward_queries", "float32", 256, "sm_90"): Config(32, 16, 8, 1, part=32),
+    Key("dual_backward_keys", "float32", 256, "sm_90"): Config(16, 16, 8, 1, apart=True, part=32),
     Key("forward", "half", 32, "sm_80"): Config(128, 128, 8, 2),
     Key("dual_forward", "half", 32, "sm_80"): Config(128, 64, 8, 3),
     Key("backward_queries", "half", 32, "sm_80"): Config(128, 64, 8, 3),
@@ -162,13 +173,25 @@ CONFIGS: Mapping[Key, Config] = {
     Key("backward_queries", "float32", 32, "sm_80"): Config(64, 32, 4, 1),
     Key("backward_keys", "float32", 32, "sm_80"): Config(64, 32, 4, 1),
     Key("dual_backward_queries", "float32", 32, "sm_80"): Config(32, 16, 4, 1),
-    Key("dual_backward_keys", "float32", 32, "sm_80"): Config(16, 16, 4, 1),
+    Key("dual_backward_keys", "float32", 32, "sm_80"): Config(32, 16, 4, 1, part=16),
     Key("forward", "float32", 64, "sm_80"): Config(64, 32, 4, 1),
-    Key("dual_forward", "float32", 64, "sm_80"): Config(32, 16, 4, 1),
+    Key("dual_forward", "float32", 64, "sm_80"): Config(32, 32, 8, 1, part=32),
     Key("backward_queries", "float32", 64, "sm_80"): Config(32, 32, 4, 1),
     Key("backward_keys", "float32", 64, "sm_80"): Config(32, 32, 4, 1),
-    Key("dual_backward_queries", "float32", 64, "sm_80"): Config(16, 16, 4, 1),
-    Key("dual_backward_keys", "float32", 64, "sm_80"): Config(16, 16, 4, 1),
+    Key("dual_backward_queries", "float32", 64, "sm_80"): Config(32, 32, 8, 1, part=32),
+    Key("dual_backward_keys", "float32", 64, "sm_80"): Config(32, 32, 8, 1, part=32),
+    Key("forward", "float32", 128, "sm_80"): Config(64, 32, 8, 1, part=32),
+    Key("dual_forward", "float32", 128, "sm_80"): Config(32, 16, 8, 1, part=32),
+    Key("backward_queries", "float32", 128, "sm_80"): Config(64, 32, 8, 1, part=32),
+    Key("backward_keys", "float32", 128, "sm_80"): Config(64, 32, 8, 1, part=32),
+    Key("dual_backward_queries", "float32", 128, "sm_80"): Config(32, 16, 8, 1, part=32),
+    Key("dual_backward_keys", "float32", 128, "sm_80"): Config(32, 16, 8, 1, apart=True, part=32),
+    Key("forward", "float32", 256, "sm_80"): Config(64, 32, 8, 1, part=32),
+    Key("dual_forward", "float32", 256, "sm_80"): Config(16, 16, 8, 1, part=32),
+    Key("backward_queries", "float32", 256, "sm_80"): Config(64, 32, 8, 1, part=32),
+    Key("backward_keys", "float32", 256, "sm_80"): Config(32, 16, 8, 1, part=32),
+    Key("dual_backward_queries", "float32", 256, "sm_80"): Config(32, 16, 8, 1, part=32),
+    Key("dual_backward_keys", "float32", 256, "sm_80"): Config(16, 16, 8, 1, apart=True, part=32),
 }
 
 #: Small tiles, since tests are small; float64 too.

@@ -27,12 +27,17 @@ VALUES = ("window", "first", "blocks", "seed", "threshold")
 
 
 @triton.jit
-def _load_rows(p_x, stride, start, low, high, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """Rows ``start`` and on of x ``[rows, D]`` as a tile ``[SIZE, DP]``, zero outside of rows ``low <= row < high``."""
+def _load_columns(rows, column, SIZE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns ``column`` and on of a block of rows of x ``[rows, D]`` as a tile ``[SIZE, WIDTH]``.
+
+    ``rows`` is (pointer to x, its row stride, first row of the block, low, high); rows outside of ``low <= row < high``
+    read as zero.
+    """
+    p_x, stride, start, low, high = rows
     o_r = tl.arange(0, SIZE)
-    o_d = tl.arange(0, DP)
+    o_d = column + tl.arange(0, WIDTH)
     visible = ((start + o_r >= low) & (start + o_r < high))[:, None]
-    if D != DP:
+    if D % WIDTH != 0:
         visible = visible & (o_d < D)[None, :]
     # the start in 64 bits, the rest of the offset in 32
     p_tile = p_x + tl.cast(start, tl.int64) * stride + (o_r[:, None] * stride + o_d[None, :])
@@ -40,7 +45,13 @@ def _load_rows(p_x, stride, start, low, high, SIZE: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
-def _store_rows(p_x, stride, start, low, high, b_x, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def _load_rows(rows, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    return _load_columns(rows, 0, SIZE, D, DP)
+
+
+@triton.jit
+def _store_rows(rows, b_x, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    p_x, stride, start, low, high = rows
     o_r = tl.arange(0, SIZE)
     o_d = tl.arange(0, DP)
     inside = ((start + o_r >= low) & (start + o_r < high))[:, None]
@@ -71,6 +82,34 @@ def _dot_if(condition, a, b, acc, SOMETIMES: tl.constexpr, PRECISION: tl.constex
             acc = _dot(a, b, acc, PRECISION)
     else:
         acc = _dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _product(a, b, b_a, b_b, acc, D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + a b^T`` over the head dimension, of blocks of rows ``a``, ``b`` and their tiles.
+
+    Where tiles do not fit in registers, ``PART`` columns at a time are read again from memory.
+    """
+    if b_a.shape[1] <= PART:
+        acc = _dot(b_a, tl.trans(b_b), acc, PRECISION)
+    else:
+        for column in tl.range(0, D, PART, disable_licm=True):
+            a_part = _load_columns(a, column, b_a.shape[0], D, PART)
+            b_part = _load_columns(b, column, b_b.shape[0], D, PART)
+            acc = _dot(a_part, tl.trans(b_part), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _product_if(condition, a, b, b_a, b_b, acc, SOMETIMES: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
+                PRECISION: tl.constexpr):
+    """:func:`_product`, known to be ``acc`` unless ``condition``."""
+    if SOMETIMES:
+        if condition:
+            acc = _product(a, b, b_a, b_b, acc, D, PART, PRECISION)
+    else:
+        acc = _product(a, b, b_a, b_b, acc, D, PART, PRECISION)
     return acc
 
 
@@ -198,7 +237,7 @@ def forward_kernel(
         Hq, Sq, Sk, group, scale, cap, window, tangent_rows, first, blocks, seed, threshold, inverse,
         DUAL: tl.constexpr, KNOWN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
         DROPOUT: tl.constexpr, SOME_T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ACC: tl.constexpr,
-        PRECISION: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
+        PRECISION: tl.constexpr, PART: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
     """``o``, ``lse``; with ``DUAL`` also ``o_t``, ``mu``. With ``KNOWN``, ``o_t`` and ``mu`` from known ``o``, ``lse``.
 
     With ``SOME_T`` only rows in ``tangent_rows`` have a tangent.
@@ -216,11 +255,12 @@ def forward_kernel(
         p_bias += batch * s_bias[0] + h * s_bias[1]
     if p_mask is not None:
         p_mask += batch * s_mask[0] + h * s_mask[1]
-    b_q = _load_rows(p_q + batch * s_q[0] + h * s_q[1], s_q[2], start, 0, Sq, OWN, D, DP)
+    q = (p_q + batch * s_q[0] + h * s_q[1], s_q[2], start, 0, Sq)
+    b_q = _load_rows(q, OWN, D, DP)
     own_t = _touches(start, OWN, tangent_rows[0], tangent_rows[1])
     if p_qt is not None:
-        b_qt = _load_rows(p_qt + batch * s_q[0] + h * s_q[1], s_q[2], start, tangent_rows[0], tangent_rows[1],
-                          OWN, D, DP)
+        qt = (p_qt + batch * s_q[0] + h * s_q[1], s_q[2], start, tangent_rows[0], tangent_rows[1])
+        b_qt = _load_rows(qt, OWN, D, DP)
     if p_kt is not None:
         p_kt += batch * s_k[0] + h // group * s_k[1]
     if p_vt is not None:
@@ -239,9 +279,11 @@ def forward_kernel(
     acc = tl.zeros([OWN, DP], ACC)
     acc_t = tl.zeros([OWN, DP], ACC)
     for other in tl.range(tl.min(lo, 0) // OTHER * OTHER, tl.max(hi, 0), OTHER, disable_licm=True):
-        b_k = _load_rows(p_k, s_k[2], other, 0, Sk, OTHER, D, DP)
-        b_v = _load_rows(p_v, s_v[2], other, 0, Sk, OTHER, D, DP)
-        raw = _dot(b_q, tl.trans(b_k), tl.zeros([OWN, OTHER], ACC), PRECISION)
+        k = (p_k, s_k[2], other, 0, Sk)
+        b_k = _load_rows(k, OTHER, D, DP)
+        v = (p_v, s_v[2], other, 0, Sk)
+        b_v = _load_rows(v, OTHER, D, DP)
+        raw = _product(q, k, b_q, b_k, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
         s, u = _scores(raw, start, other, lo, hi, Sq, Sk, scale, cap, p_bias, s_bias[2:], p_mask, s_mask[2:], OWN,
                        OTHER, CAP)
         if KNOWN:
@@ -269,10 +311,11 @@ def forward_kernel(
                 # S_t = scale * (q_t k^T + q k_t^T)
                 raw_t = tl.zeros([OWN, OTHER], ACC)
                 if p_qt is not None:
-                    raw_t = _dot_if(own_t, b_qt, tl.trans(b_k), raw_t, SOME_T, PRECISION)
+                    raw_t = _product_if(own_t, qt, k, b_qt, b_k, raw_t, SOME_T, D, PART, PRECISION)
                 if p_kt is not None:
-                    b_kt = _load_rows(p_kt, s_k[2], other, tangent_rows[2], tangent_rows[3], OTHER, D, DP)
-                    raw_t = _dot_if(other_t, b_q, tl.trans(b_kt), raw_t, SOME_T, PRECISION)
+                    kt = (p_kt, s_k[2], other, tangent_rows[2], tangent_rows[3])
+                    b_kt = _load_rows(kt, OTHER, D, DP)
+                    raw_t = _product_if(other_t, q, kt, b_q, b_kt, raw_t, SOME_T, D, PART, PRECISION)
                 s_t = raw_t * scale
                 if CAP:
                     s_t = s_t * (1 - u * u)
@@ -283,11 +326,12 @@ def forward_kernel(
                     ps = _dropped(ps, row_keys, j, threshold, inverse)
                 acc_t = _dot_if(own_t | other_t, ps.to(b_v.dtype), b_v, acc_t, SOME_T, PRECISION)
             if p_vt is not None:
-                b_vt = _load_rows(p_vt, s_v[2], other, tangent_rows[2], tangent_rows[3], OTHER, D, DP)
+                vt = (p_vt, s_v[2], other, tangent_rows[2], tangent_rows[3])
+                b_vt = _load_rows(vt, OTHER, D, DP)
                 acc_t = _dot_if(other_t, kept.to(b_vt.dtype), b_vt, acc_t, SOME_T, PRECISION)
 
     if KNOWN:
-        b_o = _load_rows(p_o, s_o[2], start, 0, Sq, OWN, D, DP).to(ACC)
+        b_o = _load_rows((p_o, s_o[2], start, 0, Sq), OWN, D, DP).to(ACC)
     else:
         none = total == 0
         total = tl.where(none, 1.0, total)
@@ -296,11 +340,11 @@ def forward_kernel(
         mu = mu * inverse_total
         acc_t = acc_t * inverse_total[:, None]
         lse = tl.where(none, float("inf"), (top + tl.log2(total)) * LN2)
-        _store_rows(p_o, s_o[2], start, 0, Sq, b_o, OWN, D, DP)
+        _store_rows((p_o, s_o[2], start, 0, Sq), b_o, OWN, D, DP)
         tl.store(p_lse + i, lse, mask=i < Sq)
     if DUAL:
         b_ot = acc_t - mu[:, None] * b_o
-        _store_rows(p_ot + batch * s_o[0] + h * s_o[1], s_o[2], start, 0, Sq, b_ot, OWN, D, DP)
+        _store_rows((p_ot + batch * s_o[0] + h * s_o[1], s_o[2], start, 0, Sq), b_ot, OWN, D, DP)
         tl.store(p_mu + tl.cast(head, tl.int64) * Sq + i, mu, mask=i < Sq)
 
 
@@ -325,16 +369,20 @@ def row_statistics_kernel(
     p_row = _p_statistics(p_stats, head, Sq, start, 0, OWN)
     lse = tl.load(p_lse + o_row, mask=i < Sq, other=float("inf"))
     tl.store(p_row, lse * LOG2E)
-    b_o = _load_rows(p_o + batch * s_o[0] + h * s_o[1], s_o[2], start, 0, Sq, OWN, D, DP).to(ACC)
-    b_b = _load_rows(p_b + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq, OWN, D, DP).to(ACC)
+    o = (p_o + batch * s_o[0] + h * s_o[1], s_o[2], start, 0, Sq)
+    b_o = _load_rows(o, OWN, D, DP).to(ACC)
+    b = (p_b + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq)
+    b_b = _load_rows(b, OWN, D, DP).to(ACC)
     tl.store(p_row + 2 * STATS, tl.sum(b_b * b_o, 1))
     if p_mu is not None:
         tl.store(p_row + STATS, tl.load(p_mu + o_row, mask=i < Sq, other=0.0))
         d_t = tl.zeros([OWN, DP], ACC)
         if p_a is not None:
-            b_a = _load_rows(p_a + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq, OWN, D, DP).to(ACC)
+            a = (p_a + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq)
+            b_a = _load_rows(a, OWN, D, DP).to(ACC)
             d_t += b_a * b_o
-        b_ot = _load_rows(p_ot + batch * s_ot[0] + h * s_ot[1], s_ot[2], start, 0, Sq, OWN, D, DP).to(ACC)
+        ot = (p_ot + batch * s_ot[0] + h * s_ot[1], s_ot[2], start, 0, Sq)
+        b_ot = _load_rows(ot, OWN, D, DP).to(ACC)
         tl.store(p_row + 3 * STATS, tl.sum(d_t + b_b * b_ot, 1))
 
 
@@ -370,8 +418,8 @@ def backward_queries_kernel(
         s_q, s_k, s_v, s_b, s_dq, s_bias, s_mask,
         Hq, Sq, Sk, group, scale, cap, window, grad_rows, tangent_rows, first, blocks, seed, threshold, inverse,
         CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr, SOME_T: tl.constexpr,
-        D: tl.constexpr, DP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
-        OTHER: tl.constexpr):
+        D: tl.constexpr, DP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
+        OWN: tl.constexpr, OTHER: tl.constexpr):
     """The cotangents of ``q`` and ``q_t`` in ``blocks`` blocks of rows from row ``first`` on.
 
     ``dq_t = scale * dS k`` is the first-order backward with ``b`` in the place of ``do``.
@@ -386,14 +434,17 @@ def backward_queries_kernel(
         p_bias += batch * s_bias[0] + h * s_bias[1]
     if p_mask is not None:
         p_mask += batch * s_mask[0] + h * s_mask[1]
-    b_q = _load_rows(p_q + batch * s_q[0] + h * s_q[1], s_q[2], start, 0, Sq, OWN, D, DP)
-    b_b = _load_rows(p_b + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq, OWN, D, DP)
+    q = (p_q + batch * s_q[0] + h * s_q[1], s_q[2], start, 0, Sq)
+    b_q = _load_rows(q, OWN, D, DP)
+    b = (p_b + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq)
+    b_b = _load_rows(b, OWN, D, DP)
     if p_a is not None:
-        b_a = _load_rows(p_a + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq, OWN, D, DP)
+        a = (p_a + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq)
+        b_a = _load_rows(a, OWN, D, DP)
     own_t = _touches(start, OWN, tangent_rows[0], tangent_rows[1])
     if p_qt is not None:
-        b_qt = _load_rows(p_qt + batch * s_q[0] + h * s_q[1], s_q[2], start, tangent_rows[0], tangent_rows[1],
-                          OWN, D, DP)
+        qt = (p_qt + batch * s_q[0] + h * s_q[1], s_q[2], start, tangent_rows[0], tangent_rows[1])
+        b_qt = _load_rows(qt, OWN, D, DP)
     if p_kt is not None:
         p_kt += batch * s_k[0] + h // group * s_k[1]
     if p_vt is not None:
@@ -415,10 +466,12 @@ def backward_queries_kernel(
     acc = tl.zeros([OWN, DP], ACC)
     acc_t = tl.zeros([OWN, DP], ACC)
     for other in tl.range(tl.min(lo, 0) // OTHER * OTHER, tl.max(hi, 0), OTHER, disable_licm=True):
-        b_k = _load_rows(p_k, s_k[2], other, 0, Sk, OTHER, D, DP)
-        b_v = _load_rows(p_v, s_v[2], other, 0, Sk, OTHER, D, DP)
+        k = (p_k, s_k[2], other, 0, Sk)
+        b_k = _load_rows(k, OTHER, D, DP)
+        v = (p_v, s_v[2], other, 0, Sk)
+        b_v = _load_rows(v, OTHER, D, DP)
         other_t = _touches(other, OTHER, tangent_rows[2], tangent_rows[3])
-        raw = _dot(b_q, tl.trans(b_k), tl.zeros([OWN, OTHER], ACC), PRECISION)
+        raw = _product(q, k, b_q, b_k, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
         s, u = _scores(raw, start, other, lo, hi, Sq, Sk, scale, cap, p_bias, s_bias[2:], p_mask, s_mask[2:], OWN,
                        OTHER, CAP)
         p = tl.exp2(s - lse)
@@ -426,14 +479,15 @@ def backward_queries_kernel(
         if HAS_ST:
             raw_t = tl.zeros([OWN, OTHER], ACC)
             if p_qt is not None:
-                raw_t = _dot_if(own_t, b_qt, tl.trans(b_k), raw_t, SOME_T, PRECISION)
+                raw_t = _product_if(own_t, qt, k, b_qt, b_k, raw_t, SOME_T, D, PART, PRECISION)
             if p_kt is not None:
-                b_kt = _load_rows(p_kt, s_k[2], other, tangent_rows[2], tangent_rows[3], OTHER, D, DP)
-                raw_t = _dot_if(other_t, b_q, tl.trans(b_kt), raw_t, SOME_T, PRECISION)
+                kt = (p_kt, s_k[2], other, tangent_rows[2], tangent_rows[3])
+                b_kt = _load_rows(kt, OTHER, D, DP)
+                raw_t = _product_if(other_t, q, kt, b_q, b_kt, raw_t, SOME_T, D, PART, PRECISION)
             s_t, p_t = _tangent(p, u, raw_t, mu, scale, CAP)
         # dS = P * (dP - D),  dP = b v^T
         j = (other + tl.arange(0, OTHER))[None, :]
-        dp = _dot(b_b, tl.trans(b_v), tl.zeros([OWN, OTHER], ACC), PRECISION)
+        dp = _product(b, v, b_b, b_v, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
         if DROPOUT:
             dp = _dropped(dp, row_keys, j, threshold, inverse)
         dp -= d
@@ -443,10 +497,11 @@ def backward_queries_kernel(
             # dS_t = P_t * (dP - D) + P * (dP_t - D_t),  dP_t = a v^T + b v_t^T
             dp_t = tl.zeros([OWN, OTHER], ACC)
             if p_a is not None:
-                dp_t = _dot(b_a, tl.trans(b_v), dp_t, PRECISION)
+                dp_t = _product(a, v, b_a, b_v, dp_t, D, PART, PRECISION)
             if p_vt is not None:
-                b_vt = _load_rows(p_vt, s_v[2], other, tangent_rows[2], tangent_rows[3], OTHER, D, DP)
-                dp_t = _dot_if(other_t, b_b, tl.trans(b_vt), dp_t, SOME_T, PRECISION)
+                vt = (p_vt, s_v[2], other, tangent_rows[2], tangent_rows[3])
+                b_vt = _load_rows(vt, OTHER, D, DP)
+                dp_t = _product_if(other_t, b, vt, b_b, b_vt, dp_t, SOME_T, D, PART, PRECISION)
             if DROPOUT:
                 dp_t = _dropped(dp_t, row_keys, j, threshold, inverse)
             ds_t = p * (dp_t - d_t)
@@ -463,11 +518,11 @@ def backward_queries_kernel(
         if p_dqt is not None:
             acc_t = _dot(ds, b_k, acc_t, PRECISION)
     if p_dq is not None:
-        _store_rows(p_dq + batch * s_dq[0] + h * s_dq[1], s_dq[2], start, grad_rows[0], grad_rows[1], acc * scale,
-                    OWN, D, DP)
+        out = (p_dq + batch * s_dq[0] + h * s_dq[1], s_dq[2], start, grad_rows[0], grad_rows[1])
+        _store_rows(out, acc * scale, OWN, D, DP)
     if p_dqt is not None:
-        _store_rows(p_dqt + batch * s_dq[0] + h * s_dq[1], s_dq[2], start, tangent_rows[0], tangent_rows[1],
-                    acc_t * scale, OWN, D, DP)
+        out = (p_dqt + batch * s_dq[0] + h * s_dq[1], s_dq[2], start, tangent_rows[0], tangent_rows[1])
+        _store_rows(out, acc_t * scale, OWN, D, DP)
 
 
 @triton.jit(do_not_specialize=VALUES)
@@ -483,8 +538,8 @@ def backward_keys_kernel(
         s_q, s_k, s_v, s_b, s_dk, s_dv, s_bias, s_mask,
         Hq, Sq, Sk, group, scale, cap, window, grad_rows, tangent_rows, first, blocks, seed, threshold, inverse,
         CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr, SOME_T: tl.constexpr,
-        D: tl.constexpr, DP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
-        OTHER: tl.constexpr):
+        D: tl.constexpr, DP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
+        OWN: tl.constexpr, OTHER: tl.constexpr):
     """The cotangents of ``k, v, k_t, v_t`` in ``blocks`` blocks of rows from row ``first`` on.
 
     Score tiles are transposed, ``[keys, queries]``, so that they stay in registers as left operands of products.
@@ -494,15 +549,17 @@ def backward_keys_kernel(
     kv_head = tl.program_id(0) // blocks
     batch = tl.cast(kv_head // kv_heads, tl.int64)
     kv_h = tl.cast(kv_head % kv_heads, tl.int64)
-    b_k = _load_rows(p_k + batch * s_k[0] + kv_h * s_k[1], s_k[2], start, 0, Sk, OWN, D, DP)
-    b_v = _load_rows(p_v + batch * s_v[0] + kv_h * s_v[1], s_v[2], start, 0, Sk, OWN, D, DP)
+    k = (p_k + batch * s_k[0] + kv_h * s_k[1], s_k[2], start, 0, Sk)
+    b_k = _load_rows(k, OWN, D, DP)
+    v = (p_v + batch * s_v[0] + kv_h * s_v[1], s_v[2], start, 0, Sk)
+    b_v = _load_rows(v, OWN, D, DP)
     own_t = _touches(start, OWN, tangent_rows[2], tangent_rows[3])
     if p_kt is not None:
-        b_kt = _load_rows(p_kt + batch * s_k[0] + kv_h * s_k[1], s_k[2], start, tangent_rows[2], tangent_rows[3],
-                          OWN, D, DP)
+        kt = (p_kt + batch * s_k[0] + kv_h * s_k[1], s_k[2], start, tangent_rows[2], tangent_rows[3])
+        b_kt = _load_rows(kt, OWN, D, DP)
     if p_vt is not None:
-        b_vt = _load_rows(p_vt + batch * s_v[0] + kv_h * s_v[1], s_v[2], start, tangent_rows[2], tangent_rows[3],
-                          OWN, D, DP)
+        vt = (p_vt + batch * s_v[0] + kv_h * s_v[1], s_v[2], start, tangent_rows[2], tangent_rows[3])
+        b_vt = _load_rows(vt, OWN, D, DP)
     HAS_ST: tl.constexpr = p_qt is not None or p_kt is not None
     o_j = start + tl.arange(0, OWN)
     valid_q, valid_k = _valid(p_seqlens, batch, Sq, Sk)
@@ -516,13 +573,15 @@ def backward_keys_kernel(
         h = kv_h * group + g
         head = batch * Hq + h
         for other in tl.range(tl.min(lo, 0) // OTHER * OTHER, tl.max(hi, 0), OTHER, disable_licm=True):
-            b_q = _load_rows(p_q + batch * s_q[0] + h * s_q[1], s_q[2], other, 0, Sq, OTHER, D, DP)
-            b_b = _load_rows(p_b + batch * s_b[0] + h * s_b[1], s_b[2], other, 0, Sq, OTHER, D, DP)
+            q = (p_q + batch * s_q[0] + h * s_q[1], s_q[2], other, 0, Sq)
+            b_q = _load_rows(q, OTHER, D, DP)
+            b = (p_b + batch * s_b[0] + h * s_b[1], s_b[2], other, 0, Sq)
+            b_b = _load_rows(b, OTHER, D, DP)
             other_t = _touches(other, OTHER, tangent_rows[0], tangent_rows[1])
             i = other + tl.arange(0, OTHER)
             p_row = _p_statistics(p_stats, head, Sq, other, 0, OTHER)
             lse = tl.load(p_row)[None, :]
-            raw = _dot(b_k, tl.trans(b_q), tl.zeros([OWN, OTHER], ACC), PRECISION)
+            raw = _product(k, q, b_k, b_q, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
             p_bias_h = p_bias
             p_mask_h = p_mask
             if p_bias is not None:
@@ -539,18 +598,19 @@ def backward_keys_kernel(
             kept = kept.to(b_q.dtype)
             s_t = p
             if p_qt is not None:
-                b_qt = _load_rows(p_qt + batch * s_q[0] + h * s_q[1], s_q[2], other, tangent_rows[0],
-                                  tangent_rows[1], OTHER, D, DP)
+                qt = (p_qt + batch * s_q[0] + h * s_q[1], s_q[2], other, tangent_rows[0], tangent_rows[1])
+                b_qt = _load_rows(qt, OTHER, D, DP)
             if HAS_ST:
                 raw_t = tl.zeros([OWN, OTHER], ACC)
                 if p_qt is not None:
-                    raw_t = _dot_if(other_t, b_k, tl.trans(b_qt), raw_t, SOME_T, PRECISION)
+                    raw_t = _product_if(other_t, k, qt, b_k, b_qt, raw_t, SOME_T, D, PART, PRECISION)
                 if p_kt is not None:
-                    raw_t = _dot_if(own_t, b_kt, tl.trans(b_q), raw_t, SOME_T, PRECISION)
+                    raw_t = _product_if(own_t, kt, q, b_kt, b_q, raw_t, SOME_T, D, PART, PRECISION)
                 mu = tl.load(p_row + STATS)[None, :]
                 s_t, p_t = _tangent(p, u, raw_t, mu, scale, CAP)
             if p_a is not None:
-                b_a = _load_rows(p_a + batch * s_b[0] + h * s_b[1], s_b[2], other, 0, Sq, OTHER, D, DP)
+                a = (p_a + batch * s_b[0] + h * s_b[1], s_b[2], other, 0, Sq)
+                b_a = _load_rows(a, OTHER, D, DP)
             if p_dvt is not None:
                 dv_t = _dot(kept, b_b, dv_t, PRECISION)
             if p_dv is not None:
@@ -564,7 +624,7 @@ def backward_keys_kernel(
                     dv = _dot(kept_t.to(b_q.dtype), b_b, dv, PRECISION)
             if p_dk is not None or p_dkt is not None:
                 # dS = P * (dP - D),  dP = b v^T
-                dp = _dot(b_v, tl.trans(b_b), tl.zeros([OWN, OTHER], ACC), PRECISION)
+                dp = _product(v, b, b_v, b_b, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
                 if DROPOUT:
                     dp = _dropped(dp, row_keys, j, threshold, inverse)
                 dp -= tl.load(p_row + 2 * STATS)[None, :]
@@ -574,9 +634,9 @@ def backward_keys_kernel(
                     # dS_t = P_t * (dP - D) + P * (dP_t - D_t),  dP_t = a v^T + b v_t^T
                     dp_t = tl.zeros([OWN, OTHER], ACC)
                     if p_a is not None:
-                        dp_t = _dot(b_v, tl.trans(b_a), dp_t, PRECISION)
+                        dp_t = _product(v, a, b_v, b_a, dp_t, D, PART, PRECISION)
                     if p_vt is not None:
-                        dp_t = _dot_if(own_t, b_vt, tl.trans(b_b), dp_t, SOME_T, PRECISION)
+                        dp_t = _product_if(own_t, vt, b, b_vt, b_b, dp_t, SOME_T, D, PART, PRECISION)
                     if DROPOUT:
                         dp_t = _dropped(dp_t, row_keys, j, threshold, inverse)
                     ds_t = p * (dp_t - tl.load(p_row + 3 * STATS)[None, :])
@@ -593,14 +653,14 @@ def backward_keys_kernel(
                         dk = _dot_if(other_t, ds, b_qt, dk, SOME_T, PRECISION)
                     dk = _dot(ds_t.to(b_q.dtype), b_q, dk, PRECISION)
     if p_dk is not None:
-        _store_rows(p_dk + batch * s_dk[0] + kv_h * s_dk[1], s_dk[2], start, grad_rows[2], grad_rows[3], dk * scale,
-                    OWN, D, DP)
+        out = (p_dk + batch * s_dk[0] + kv_h * s_dk[1], s_dk[2], start, grad_rows[2], grad_rows[3])
+        _store_rows(out, dk * scale, OWN, D, DP)
     if p_dv is not None:
-        _store_rows(p_dv + batch * s_dv[0] + kv_h * s_dv[1], s_dv[2], start, grad_rows[2], grad_rows[3], dv, OWN, D,
-                    DP)
+        out = (p_dv + batch * s_dv[0] + kv_h * s_dv[1], s_dv[2], start, grad_rows[2], grad_rows[3])
+        _store_rows(out, dv, OWN, D, DP)
     if p_dkt is not None:
-        _store_rows(p_dkt + batch * s_dk[0] + kv_h * s_dk[1], s_dk[2], start, tangent_rows[2], tangent_rows[3],
-                    dk_t * scale, OWN, D, DP)
+        out = (p_dkt + batch * s_dk[0] + kv_h * s_dk[1], s_dk[2], start, tangent_rows[2], tangent_rows[3])
+        _store_rows(out, dk_t * scale, OWN, D, DP)
     if p_dvt is not None:
-        _store_rows(p_dvt + batch * s_dv[0] + kv_h * s_dv[1], s_dv[2], start, tangent_rows[2], tangent_rows[3],
-                    dv_t, OWN, D, DP)
+        out = (p_dvt + batch * s_dv[0] + kv_h * s_dv[1], s_dv[2], start, tangent_rows[2], tangent_rows[3])
+        _store_rows(out, dv_t, OWN, D, DP)

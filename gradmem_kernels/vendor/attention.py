@@ -38,7 +38,8 @@ class Vendor:
 
 @dataclass(frozen=True)
 class Paired:
-    """The kernels of a backend with a vendor's first order. Mapped tensors (vmap) go to the backend alone."""
+    """The kernels of a backend with a vendor's first order. Mapped tensors (vmap) go to the backend alone, and so
+    does a backward pass of ``grad_rows``."""
 
     vendor: Vendor
     kernels: Kernels
@@ -51,7 +52,8 @@ class Paired:
 
     def backward(self, x: Tensors, aux: Tensors, y: Tensors, saved: Tensors, y_bar: Tensors, needs: Flags,
                  **options: Any) -> Tensors:
-        if _mapped((*x, *y_bar)):
+        # a vendor computes the gradients of all rows, a backend of grad_rows alone
+        if options["grad_rows"] is not None or _mapped((*x, *y_bar)):
             return self.kernels.backward(x, aux, y, saved, y_bar, needs, **options)
         grads = self.vendor.backward(*map(_rows_dense, (*y_bar, *x, *y)), *saved, options["causal"], options["scale"])
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
@@ -150,7 +152,7 @@ def choose(name: str | None, kernels: Kernels, x: tuple[Tensor, Tensor, Tensor],
 
 def _refusal(vendor: str, x: tuple[Tensor, Tensor, Tensor], aux: Tensors, options: Mapping[str, Any]) -> str | None:
     q, k, _ = x
-    given = [name for name in ("window", "softcap", "grad_rows") if options[name] is not None]
+    given = [name for name in ("window", "softcap") if options[name] is not None]
     given += ["dropout"] * (options["dropout"] > 0)
     if given or any(t is not None for t in aux):
         return f"it has no {' and '.join(given) or 'padding, packing, mask or bias'}"
