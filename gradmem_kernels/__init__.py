@@ -11,6 +11,7 @@ from gradmem_kernels.layer_norm import layer_norm, layer_norm_dual
 from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual, logits_budget
 from gradmem_kernels.prefix import Prefix, PrefixLoss
 from gradmem_kernels.ranges import profile_ranges
+from gradmem_kernels.recompute import resolve_recompute
 from gradmem_kernels.rms_norm import rms_norm, rms_norm_dual
 from gradmem_kernels.rotary import rotary, rotary_dual, rotary_tables
 from gradmem_kernels.swiglu import swiglu, swiglu_dual
@@ -22,6 +23,6 @@ __all__ = [
     "ArgumentError", "BackendError", "Decoder", "DecoderConfig", "HigherOrderError", "Prefix", "PrefixLoss",
     "WriteOutput", "attention", "attention_dual", "gelu", "gelu_dual", "inner_sgd", "inner_sgd_dual", "layer_norm",
     "layer_norm_dual", "linear_cross_entropy", "linear_cross_entropy_dual", "logits_budget", "profile_ranges",
-    "rms_norm", "rms_norm_dual", "rotary", "rotary_dual", "rotary_tables", "swiglu", "swiglu_dual", "use_backend",
-    "write",
+    "resolve_recompute", "rms_norm", "rms_norm_dual", "rotary", "rotary_dual", "rotary_tables", "swiglu", "swiglu_dual",
+    "use_backend", "write",
 ]

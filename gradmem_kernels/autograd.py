@@ -166,7 +166,7 @@ def _in_own_dtype(run: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(run)
     def run_without_autocast(*args: Any) -> T:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.is_autocast_enabled(device):
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return run(*args)
         with torch.autocast(device, enabled=False):
             return run(*args)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
-from gradmem_kernels.decoder import ContextRows, Decoder, linear_dual
+from gradmem_kernels.decoder import ContextRows, Decoder, footprint, linear_dual
 from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual
 
 __all__ = ["Prefix", "PrefixLoss"]
@@ -107,6 +107,26 @@ class PrefixLoss:
         context = (self.context_embeds,) if self._context is None else self._context
         tensors = (*context, self.head_weight, self.head_bias, *self.prefix.parameters(), *self.decoder.parameters())
         return tuple({id(t): t for t in tensors if t is not None and t.requires_grad}.values())
+
+    def footprint(self, memory: Tensor, *, steps: int, recompute: str) -> int:
+        """Bytes that ``steps`` steps of WRITE from ``memory`` and their outer backward take, about, beyond the ``M_k``.
+
+        Args:
+            memory: ``[B, m, D]``.
+            steps: number of steps K.
+            recompute: ``"none"``, ``"step"`` or ``"layer"``, as in :func:`gradmem_kernels.write`.
+
+        Source: docs/write.md.
+        """
+        self._check("PrefixLoss.footprint", memory)
+        batch, tokens, _ = self.context_embeds.shape
+        activations = footprint(
+            self.decoder.config, recompute, batch=batch, prefix_rows=self.prefix.length(memory.shape[1]),
+            context_rows=tokens - 1, steps=steps, element_size=self.context_embeds.element_size(),
+            trained=any(p.requires_grad for p in self.decoder.parameters()))
+        # of one step, and their sum over the later ones
+        gradients = sum(p.numel() * p.element_size() for p in self.params if p.is_leaf) * min(steps, 2)
+        return activations + gradients
 
     def prepared(self, memory: Tensor) -> PrefixLoss:
         """The same loss of memories like this one, for several evaluations while parameters stay what they are.

@@ -16,6 +16,7 @@ from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
 from gradmem_kernels.closure import ClosedOver
 from gradmem_kernels.inner_sgd import inner_sgd
 from gradmem_kernels.ranges import named_range
+from gradmem_kernels.recompute import RECOMPUTE, resolve_recompute
 
 __all__ = ["WriteOutput", "write"]
 
@@ -24,7 +25,6 @@ LearningRate = float | Tensor | tuple[float | Tensor, ...]
 Update = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], int], tuple[Tensor, ...]]
 
 ORDERS = ("none", "first", "second")
-RECOMPUTE = ("none", "step", "layer")
 
 
 class WriteOutput(NamedTuple):
@@ -75,6 +75,7 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
         second_order_steps: with ``order="second"``, only the last so many steps are second order, earlier ones first.
         recompute: what is kept for the backward pass. ``"none"``: each step's graph. ``"step"``: only the memory
             before each step. ``"layer"``: likewise, and the dual pass checkpoints its layers; needs a dual form.
+            ``"auto"``: the first of these that fits (:func:`gradmem_kernels.resolve_recompute`).
             Recomputation replays the CPU's and the memory's device's random numbers and the autocast state.
         clip_value: clamps each entry of the gradient to ``[-clip_value, clip_value]``, before ``clip_norm``.
         clip_norm: scales a sample's gradient, per memory tensor, by ``c / (|g| + 1e-6)`` where its norm exceeds ``c``.
@@ -101,6 +102,8 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
         state = tuple(t.clone() if t.is_inference() else t for t in tensors)
         if steps > 0 and hasattr(loss_fn, "prepared"):
             loss_fn = loss_fn.prepared(*state)
+        if recompute == "auto":
+            recompute = resolve_recompute(loss_fn, *state, steps=steps)
         gradient = _Gradient(loss_fn, params, steps, recompute, outer_grad)
         if order == "none":
             state = tuple(t.detach() for t in state)
@@ -254,14 +257,18 @@ class _Replay:
 
     def __init__(self, device: torch.device, *, rng: bool) -> None:
         self.device, self.rng, self.backend = device, rng, backends.requested()
-        self.autocast_dtype = torch.get_autocast_dtype(device.type)
-        self.autocast_enabled = torch.is_autocast_enabled(device.type)
+        self.autocasts = torch.amp.is_autocast_available(device.type)  # not on the meta device
+        if self.autocasts:
+            self.autocast_dtype = torch.get_autocast_dtype(device.type)
+            self.autocast_enabled = torch.is_autocast_enabled(device.type)
         if rng:
             self.cpu_state = torch.get_rng_state()
             self.device_state = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Without the cache of cast weights, which would tie one step's graph to another's."""
+        if not self.autocasts:
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype, self.autocast_enabled, cache_enabled=False)
 
     @contextlib.contextmanager
@@ -345,7 +352,7 @@ def _check(loss_fn: Any, memory: Memory, steps: int, lr: LearningRate | None, pa
     tensors = _check_memory(check, memory)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         check.fail("steps", "an integer >= 0", steps)
-    for name, value, choices in (("order", order, ORDERS), ("recompute", recompute, RECOMPUTE)):
+    for name, value, choices in (("order", order, ORDERS), ("recompute", recompute, (*RECOMPUTE, "auto"))):
         if value not in choices:
             check.fail(name, f"one of {', '.join(choices)}", repr(value))
     if second_order_steps is not None and (not isinstance(second_order_steps, int) or second_order_steps < 0

@@ -19,6 +19,8 @@ from gradmem_kernels.checks import ArgumentError
 
 __all__ = ["Checkpoint", "TrainState"]
 
+#: An option and the value that a run replaced, when it began, by what it stood for.
+RESOLVED = ("recompute", "auto")
 _KIND, _VERSION = "checkpoint", 1
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
@@ -109,7 +111,8 @@ class Checkpoint:
         """
         mine = self.experiment.options()
         wrong = [f"{name}: checkpoint {mine[name]!r}, now {value!r}" for name, value in options.items()
-                 if value != mine[name] and not self.experiment.train.may_change(name)]
+                 if value != mine[name] and (name, value) != RESOLVED and not self.experiment.train.may_change(name)]
         if wrong:
             raise CheckpointError(f"{self.path}: made with another configuration: {'; '.join(wrong)}")
-        return Experiment.from_options({**mine, **options})
+        kept = {name: mine[name] for name, value in options.items() if (name, value) == RESOLVED}
+        return Experiment.from_options({**mine, **options, **kept})

@@ -106,7 +106,8 @@ class GradMemConfig(Config):
     learn_inner_lr: bool = option(False, "learn a factor of the inner learning rate for each step")
     order: str = option("second", "order of the meta-gradient through WRITE", choices=("none", "first", "second"))
     second_order_steps: int | None = option(None, "only the last N steps are second order (default: all)", minimum=0)
-    recompute: str = option("step", "what the backward pass of WRITE recomputes", choices=("none", "step", "layer"))
+    recompute: str = option("step", "what the backward pass of WRITE recomputes; auto: what free memory asks for",
+                            choices=("none", "step", "layer", "auto"))
     inner_clip_value: float | None = option(None, "clip each entry of the inner gradient", above=0)
     inner_clip_norm: float | None = option(None, "clip the norm of a sample's inner gradient", above=0)
     control_tokens: int = option(0, "learned vectors on each side of the memory, other ones for WRITE and READ",

@@ -22,7 +22,7 @@ from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
 from gradmem.lm import Backbone
 from gradmem.memory import Memory, Provenance, context_hash
 from gradmem.tasks.batch import IGNORE
-from gradmem_kernels import Prefix, PrefixLoss, WriteOutput, write
+from gradmem_kernels import Prefix, PrefixLoss, WriteOutput, resolve_recompute, write
 from gradmem_kernels.checks import Checker
 from gradmem_kernels.ranges import named_range
 
@@ -179,6 +179,19 @@ class GradMem(nn.Module):
             ids = generation.greedy(self.backbone, self._prefix(memory.tensor), rows, query_lengths.flatten(),
                                     max_new_tokens, eos_token_id)
         return ids.view(*query_ids.shape[:-1], max_new_tokens)
+
+    def resolve_recompute(self, context_ids: Tensor) -> str:
+        """What ``recompute="auto"`` stands for with contexts like these and the memory that is free now.
+
+        See :func:`gradmem_kernels.resolve_recompute`. :class:`gradmem.training.Trainer` asks once, for the longest
+        contexts, and records the answer; a model that is used by itself asks in every call.
+
+        Args:
+            context_ids: ``[B, S]`` int64.
+        """
+        self._check_context("GradMem.resolve_recompute", "context_ids", context_ids, None)
+        memory = _at_least_float32(self.memory_init).expand(len(context_ids), -1, -1)
+        return resolve_recompute(self._write_loss(_tracked(context_ids), None), memory, steps=self.config.steps)
 
     @property
     def vocab_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import signal
@@ -66,6 +67,8 @@ class Trainer:
         digest = self.task.digest if isinstance(self.task, JsonlTask) else ""
         start = self.config.start_pairs or self.task.levels
         self.state = TrainState(level=start, data=digest)
+        if checkpoint is None and self.model.config.recompute == "auto":
+            self._resolve_recompute()
         if checkpoint is not None:
             if checkpoint.state.data != digest:
                 raise CheckpointError(f"{checkpoint.path}: the data files have changed since it was made")
@@ -122,6 +125,13 @@ class Trainer:
 
     def save(self) -> None:
         Checkpoint.save(self.directory / CHECKPOINT, self.experiment, self.state, self.model, self.optimizer)
+
+    def _resolve_recompute(self) -> None:
+        """Puts what ``recompute="auto"`` stands for here into the configuration, which checkpoints hold."""
+        contexts = torch.zeros(self.config.batch_size, self.task.longest_context, dtype=torch.int64, device=self.device)
+        resolved = dataclasses.replace(self.experiment.gradmem, recompute=self.model.resolve_recompute(contexts))
+        self.experiment = dataclasses.replace(self.experiment, gradmem=resolved)
+        self.model.config = resolved
 
     def _good_enough(self) -> bool:
         return (self.config.stop_at is not None and self.state.level == self.task.levels

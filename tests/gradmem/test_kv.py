@@ -29,6 +29,7 @@ def parse(task: KVTask, batch, row: int) -> tuple[str, dict[str, str]]:
 def test_batches_have_the_format_of_the_paper(config: KVConfig) -> None:
     task = KVTask(config, seed=1)
     batch = task.batch(0, 6, queries=2)
+    assert batch.context_ids.shape[1] == task.longest_context
     key, value = rf"\w{{{config.key_length}}}", rf"\w{{{config.value_length}}}"
     assert batch.context_lengths.tolist() == [batch.context_ids.shape[1]] * 6
     for row in range(6):
@@ -143,6 +144,7 @@ def test_tasks_from_files(tmp_path: Path) -> None:
     assert torch.equal(task.batch(2, 5).query_ids, JsonlTask(tmp_path / "data", tokenizer).batch(2, 5).query_ids)
     with pytest.raises(ArgumentError, match="queries=2"):
         task.batch(0, 4, queries=2)
+    assert task.longest_context == 12
     other = JsonlTask(write_lines(tmp_path / "other", LINES[:2]), tokenizer, tmp_path / "data")
     assert len(other) == 3
     assert other.digest != task.digest

@@ -93,6 +93,25 @@ def test_resume_continues_bit_for_bit(options: Options, tmp_path: Path, extra: O
         {**e, drop: 0} for e in read_metrics(tmp_path / "whole" / METRICS)]
 
 
+def test_recompute_is_resolved_once_and_kept(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradmem_kernels import recompute
+
+    options |= {"max_steps": 2, "schedule": "constant", "save_every": 1, "recompute": "auto"}
+    free = [2**40, 0]
+    monkeypatch.setattr(recompute, "free_memory", lambda device: free.pop(0))
+    trainer = Trainer(Experiment.from_options(options), tmp_path)
+    assert trainer.model.config.recompute == trainer.experiment.gradmem.recompute == "none"
+    trainer.run()
+    assert Checkpoint.load(tmp_path / CHECKPOINT).experiment.gradmem.recompute == "none"
+    resumed = Trainer.resume(tmp_path, options | {"max_steps": 3})
+    assert resumed.model.config.recompute == resumed.experiment.gradmem.recompute == "none"
+    assert free == [0], "a resumed run asked for free memory again"
+    resumed.run()
+    with pytest.raises(CheckpointError, match="recompute: checkpoint 'none', now 'step'"):
+        Trainer.resume(tmp_path, {"recompute": "step"})
+    assert Trainer(Experiment.from_options(options), tmp_path / "scarce").model.config.recompute == "layer"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(experiment: Experiment, tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)

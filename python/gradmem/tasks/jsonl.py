@@ -88,6 +88,11 @@ class JsonlTask:
         """Examples to evaluate on."""
         return len(self._held_out)
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest context of a training batch."""
+        return max(len(context) for context, *_ in self._train)
+
     def batch(self, step: int, size: int, *, queries: int = 1, level: int | None = None) -> Batch:
         """Training batch number ``step``: ``size`` examples drawn with replacement, one query each."""
         if queries != 1 or level not in (None, 1):

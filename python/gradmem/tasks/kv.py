@@ -71,6 +71,11 @@ class KVTask:
         """The hardest level of a curriculum: the number of pairs."""
         return self.config.pairs
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest context of a training batch."""
+        return self.batch(0, 1).context_ids.shape[1]
+
     def batch(self, step: int, size: int, *, queries: int = 1, level: int | None = None) -> Batch:
         """Training batch number ``step``: ``size`` contexts of ``level`` pairs (default: all), with queries for
         ``queries`` different keys each, or for all its keys where it has fewer."""
