@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gradmem_kernels.attention import attention, attention_dual
 from gradmem_kernels.decoder.cache import LayerCache
 from gradmem_kernels.decoder.config import DecoderConfig
+from gradmem_kernels.decoder.halves import join, split
 from gradmem_kernels.decoder.linear import linear_dual
 from gradmem_kernels.decoder.rope import Rope
 from gradmem_kernels.gelu import gelu, gelu_dual
@@ -80,10 +81,10 @@ class Norm:
         return layer_norm(x, weight, bias=bias, eps=self.eps)
 
     def dual(self, module: nn.Module, x: Tensor) -> Tensor:
-        (weight, bias), (primal, tangent) = self._parameters(module), x.unbind()
+        (weight, bias), (primal, tangent) = self._parameters(module), split(x)
         if self.kind == "rms":
-            return torch.stack(rms_norm_dual(primal, weight, tangent, eps=self.eps))
-        return torch.stack(layer_norm_dual(primal, weight, tangent, bias=bias, eps=self.eps))
+            return join(*rms_norm_dual(primal, weight, tangent, eps=self.eps))
+        return join(*layer_norm_dual(primal, weight, tangent, bias=bias, eps=self.eps))
 
     @staticmethod
     def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +116,7 @@ class SelfAttention:
         return self.merge(layer, attention(q, k, v, scale=self.scale, **options))
 
     def dual(self, layer: nn.Module, x: Tensor, rope: Rope | None, context: ContextRows | None) -> Tensor:
-        (q, q_t), (k, k_t), (v, v_t) = (t.unbind() for t in self.project(layer, x, rope, dual=True))
+        (q, q_t), (k, k_t), (v, v_t) = map(split, self.project(layer, x, rope, dual=True))
         options: dict[str, Any] = {"causal": True, "window": self.window}
         if context is not None:
             rows = (0, q.shape[-2])
@@ -124,7 +125,7 @@ class SelfAttention:
                              for t in (q_t, k_t, v_t))
             options |= {"tangent_rows": rows, "grad_rows": rows if context.constant else None}
         o = attention_dual(q, k, v, q_t, k_t, v_t, scale=self.scale, **options)
-        return self.merge(layer, torch.stack(o), dual=True)
+        return self.merge(layer, join(*o), dual=True)
 
     def project(self, layer: nn.Module, x: Tensor, rope: Rope | None, *,
                 dual: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,9 +164,9 @@ class MLP:
                        swiglu(*rows) if self.gated else gelu(*rows, approximate=self.approximate), False)
 
     def dual(self, layer: nn.Module, x: Tensor) -> Tensor:
-        rows, rows_t = zip(*(_linear(layer, name, x, True).unbind() for name in self.names.up), strict=True)
+        rows, rows_t = zip(*(split(_linear(layer, name, x, True)) for name in self.names.up), strict=True)
         act = swiglu_dual(*rows, *rows_t) if self.gated else gelu_dual(*rows, *rows_t, approximate=self.approximate)
-        return _linear(layer, self.names.down, torch.stack(act), True)
+        return _linear(layer, self.names.down, join(*act), True)
 
 
 class Block(nn.Module):

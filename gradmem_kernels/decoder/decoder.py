@@ -14,6 +14,7 @@ from gradmem_kernels.checks import Checker
 from gradmem_kernels.decoder.block import Block, ContextRows, LayerNames, Norm, make_norm
 from gradmem_kernels.decoder.cache import KVCache, LayerCache
 from gradmem_kernels.decoder.config import DecoderConfig
+from gradmem_kernels.decoder.halves import split
 from gradmem_kernels.decoder.rope import Rope, inverse_frequencies, tables
 
 __all__ = ["Borrowed", "Decoder"]
@@ -145,8 +146,7 @@ class Decoder(nn.Module):
                 x = checkpoint(layer.dual, x, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer.dual(x, *given)
-        hidden, hidden_t = self._final_norm.dual(self.norm, x[:, :, start:]).unbind()
-        return hidden, hidden_t
+        return split(self._final_norm.dual(self.norm, x[:, :, start:]))
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``batch`` rows of up to ``capacity`` positions."""
