@@ -103,7 +103,7 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
         if steps > 0 and hasattr(loss_fn, "prepared"):
             loss_fn = loss_fn.prepared(*state)
         if recompute == "auto":
-            recompute = resolve_recompute(loss_fn, *state, steps=steps)
+            recompute = resolve_recompute(loss_fn, *state, steps=steps) if outer_grad else "step"
         gradient = _Gradient(loss_fn, params, steps, recompute, outer_grad)
         if order == "none":
             state = tuple(t.detach() for t in state)

@@ -291,6 +291,11 @@ class GraphedStep:
 
     def __init__(self, model: GradMem, optimizer: torch.optim.Optimizer, *, grad_clip: float = math.inf,
                  warmup: int = 2, max_graphs: int = 16, capture: Capture | None = None) -> None:
+        if model.config.recompute == "auto":
+            Checker("GraphedStep").fail(
+                "model", "a recompute that is settled", "'auto', which looks at the memory that is free at each step",
+                "GradMem.resolve_recompute(context_ids) tells what to put into its config")
+
         def step(*tensors: Tensor) -> StepOutput:
             with torch.enable_grad():
                 return meta_step(model, optimizer, Batch(*tensors), grad_clip)

@@ -311,6 +311,12 @@ def test_an_optimizer_that_cannot_be_captured_is_refused(make_model: MakeModel, 
         GraphedStep(model, make(model.parameters()), capture=TapeCapture())
 
 
+def test_recompute_has_to_be_settled(make_model: MakeModel) -> None:
+    model = make_model(recompute="auto")
+    with pytest.raises(ArgumentError, match=r"GraphedStep: model: expected a recompute that is settled, got 'auto'"):
+        GraphedStep(model, make_optimizer(model), capture=TapeCapture())
+
+
 HOOKS: list[tuple[str, Callable[[GradMem, torch.optim.Optimizer], Any]]] = [
     ("module 'backbone.decoder': expected no hooks, got forward hooks",
      lambda m, _: m.backbone.decoder.register_forward_hook(lambda *_: None)),
