@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
