@@ -27,6 +27,7 @@ from gradmem_kernels.triton.common import (
     strides,
 )
 from gradmem_kernels.triton.common import refusal as refusal_of
+from gradmem_kernels.triton.rows import parts
 
 _AUX = "Tensor? seqlens, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? mask, Tensor? bias"
 _OPTIONS = ("bool causal, float scale, int? window, float? softcap, float dropout, int seed, int[]? grad_rows, "
@@ -46,20 +47,19 @@ def refusal(q: Tensor | None = None, *_: Tensor | None) -> str | None:
 
 
 def forward(x, aux, **options):
-    o, _, lse, _ = _forward(*x, None, None, None, None, None, *aux, *_values(options))
+    o, lse, _ = _forward(*x, None, None, None, None, None, *aux, *_values(options))
     return (o,), (lse,)
 
 
 def backward(x, aux, y, saved, y_bar, needs, **options):
     options = {**options, "tangent_rows": options["grad_rows"]}
-    out = _backward(*x, None, None, None, *y, None, *saved, None, None, *y_bar, *aux, (False,) * 3, needs,
-                    *_values(options))
-    return _select(out[3:], needs)
+    return _cotangents(*x, None, None, None, *y, None, *saved, None, None, *y_bar, *aux, (False,) * 3, needs,
+                       *_values(options))[1]
 
 
 def dual_forward(x, aux, x_t, **options):
-    o, o_t, lse, mu = _forward(*x, *x_t, None, None, *aux, *_values(options))
-    return (o,), (o_t,), (lse, mu)
+    o, lse, mu = _forward(*x, *x_t, None, None, *aux, *_values(options))
+    return (o[0],), (o[1],), (lse, mu)
 
 
 def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, **options):
@@ -67,25 +67,25 @@ def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, **
     if b is None:
         zeros = tuple(torch.zeros_like(t) if need else None for t, need in zip(x, needs_t, strict=True))
         return backward(x, aux, y, saved[:1], y_bar, needs, **options), zeros
-    out = _backward(*x, *x_t, *y, *y_t, *saved, a, b, *aux, needs, needs_t, *_values(options))
-    return _select(out[:3], needs), _select(out[3:], needs_t)
+    return _cotangents(*x, *x_t, *y, *y_t, *saved, a, b, *aux, needs, needs_t, *_values(options))
 
 
 def double_backward(x, aux, x_t, y, saved, y_bar, needs, **options):
-    _, o_t, _, mu = _forward(*x, *x_t, *y, *saved, *aux, *_values(options))
+    o_t, _, mu = _forward(*x, *x_t, *y, *saved, *aux, *_values(options))
     if not any(needs):
         return (None,) * 3, (o_t,)
-    out = _backward(*x, *x_t, *y, o_t, *saved, mu, None, *y_bar, *aux, needs, (False,) * 3, *_values(options))
-    return _select(out[:3], needs), (o_t,)
+    x_bar, _ = _cotangents(*x, *x_t, *y, o_t, *saved, mu, None, *y_bar, *aux, needs, (False,) * 3, *_values(options))
+    return x_bar, (o_t,)
+
+
+def _cotangents(*arguments):
+    """Those of x and of x_t, from the arguments of the operator."""
+    return tuple(zip(*map(parts, _backward(*arguments), _wanted(*arguments)), strict=True))
 
 
 def _values(options: Mapping[str, Any]) -> list[Any]:
     """The options in the order of :data:`_OPTIONS`."""
     return [options[part.split()[1]] for part in _OPTIONS.split(", ")]
-
-
-def _select(out, needs):
-    return tuple(t if need else None for t, need in zip(out, needs, strict=True))
 
 
 class _Call:
@@ -177,43 +177,52 @@ def _absent(t: Tensor) -> Tensor:
 
 
 def _forward_meta(q, k, v, q_t, k_t, v_t, o, lse, *_):
-    """``o, o_t, lse, mu``, not written; without elements what is known, or not asked for."""
+    """``o`` and ``o_t``, stacked if it is both, ``lse``, ``mu``, not written; without elements what is known, or not
+    asked for.
+    """
     dual = any(t is not None for t in (q_t, k_t, v_t))
-    return (like(q) if o is None else _absent(q), like(q) if dual else _absent(q),
-            q.new_empty(q.shape[:3], dtype=_wide(q)) if lse is None else _absent(q),
+    return (like(q, dual + (o is None)), q.new_empty(q.shape[:3], dtype=_wide(q)) if lse is None else _absent(q),
             q.new_empty(q.shape[:3], dtype=_wide(q)) if dual else _absent(q))
 
 
 def _forward_launch(q, k, v, q_t, k_t, v_t, o, lse, *aux_and_options):
     out = _forward_meta(q, k, v, q_t, k_t, v_t, o, lse)
-    known, dual = o is not None, out[1].dim() > 1
+    known, dual = o is not None, out[2].dim() > 1
     call = _Call(q, k, *aux_and_options)
     (q, q_t), (k, k_t), (v, v_t) = map(one_layout, (q, k, v), (q_t, k_t, v_t))
-    o, o_t = o if known else out[0], out[1] if dual else None
+    made, o_t = parts(out[0], (not known, dual))
+    o = o if known else made
     if known and o.stride() != o_t.stride():  # a vendor's output has a layout of its own
         o = torch.empty_like(o_t).copy_(o)
     call.run("dual_forward" if dual else "forward", kernels.forward_kernel, (0, q.shape[2]), q.shape[1],
-             p_q=q, p_k=k, p_v=v, p_qt=q_t, p_kt=k_t, p_vt=v_t, p_o=o, p_ot=o_t, p_lse=lse if known else out[2],
-             p_mu=out[3] if dual else None, p_rows=call.packed_queries(), s_q=strides(q), s_k=strides(k),
+             p_q=q, p_k=k, p_v=v, p_qt=q_t, p_kt=k_t, p_vt=v_t, p_o=o, p_ot=o_t, p_lse=lse if known else out[1],
+             p_mu=out[2] if dual else None, p_rows=call.packed_queries(), s_q=strides(q), s_k=strides(k),
              s_v=strides(v), s_o=strides(o), DUAL=dual, KNOWN=known)
     return out
 
 
-def _backward_meta(q, k, v, q_t, k_t, v_t, o, o_t, lse, mu, a, b, seqlens, cu_seqlens, cu_seqlens_k, mask, bias, needs,
-                   needs_t, *_):
-    """``dq, dk, dv, dq_t, dk_t, dv_t``, not written; without elements what is not needed."""
-    return tuple(like(t) if need else _absent(t) for t, need in zip((q, k, v) * 2, (*needs, *needs_t), strict=True))
+def _backward_meta(q, k, v, *rest):
+    """``dq, dk, dv``, stacked with ``dq_t, dk_t, dv_t``, not written; without elements what is not needed."""
+    return tuple(like(t, sum(wanted)) if any(wanted) else _absent(t)
+                 for t, wanted in zip((q, k, v), _wanted(q, k, v, *rest), strict=True))
 
 
-def _backward_launch(q, k, v, q_t, k_t, v_t, o, o_t, lse, mu, a, b, seqlens, cu_seqlens, cu_seqlens_k, mask, bias,
-                     needs, needs_t, *options):
-    call = _Call(q, k, seqlens, cu_seqlens, cu_seqlens_k, mask, bias, *options)
+def _wanted(*arguments):
+    """``(need, need_t)`` of q, k and v, from the arguments of the operator."""
+    return tuple(zip(*arguments[_NEEDS : _NEEDS + 2], strict=True))
+
+
+def _backward_launch(*arguments):
+    q, k, v, q_t, k_t, v_t, o, o_t, lse, mu, a, b, *aux, needs, needs_t = arguments[: _NEEDS + 2]
+    options = arguments[_NEEDS + 2 :]
+    call = _Call(q, k, *aux, *options)
     grad_rows, tangent_rows = options[-2:]
-    primal, needed = any(needs), (*needs, *needs_t)
-    out = tuple(like(t) if need else _absent(t) for t, need in zip((q, k, v) * 2, needed, strict=True))
-    for t, rows in zip(out, (grad_rows,) * 3 + (tangent_rows,) * 3, strict=True):
-        if rows is not None:
-            t.zero_()
+    primal, out = any(needs), _backward_meta(*arguments)
+    (dq, dq_t), (dk, dk_t), (dv, dv_t) = map(parts, out, _wanted(*arguments))
+    for group, rows in (((dq, dk, dv), grad_rows), ((dq_t, dk_t, dv_t), tangent_rows)):
+        for t in group if rows is not None else ():
+            if t is not None:
+                t.zero_()
     if not primal:
         q_t = k_t = v_t = a = o_t = mu = None
     (q, q_t), (k, k_t), (v, v_t), (b, a) = map(one_layout, (q, k, v, b), (q_t, k_t, v_t, a))
@@ -221,16 +230,15 @@ def _backward_launch(q, k, v, q_t, k_t, v_t, o, o_t, lse, mu, a, b, seqlens, cu_
                "p_stats": call.row_statistics(o, o_t, a, b, lse, mu), "s_q": strides(q), "s_k": strides(k),
                "s_v": strides(v), "s_b": strides(b), "grad_rows": call.grad_rows}
     kind = "dual_backward" if primal else "backward"
-    dq, dk, dv, dq_t, dk_t, dv_t = _select(out, needed)
     if needs[0] or needs_t[0]:
         call.run(f"{kind}_queries", kernels.backward_queries_kernel, _span(call, 0, needs[0], needs_t[0]), q.shape[1],
                  p_dq=dq, p_dqt=dq_t, s_dq=strides(dq if needs[0] else dq_t), p_rows=call.packed_queries(), **tensors)
     if any((*needs[1:], *needs_t[1:])):
-        wanted = [(f"{kind}_keys", dk, dv, dk_t, dv_t)]
+        launches = [(f"{kind}_keys", dk, dv, dk_t, dv_t)]
         if primal and call.config("dual_backward_keys").apart:
-            wanted = [("dual_backward_keys", dk, dv, None, None), ("backward_keys", None, None, dk_t, dv_t)]
-            wanted = [(name, *t) for name, *t in wanted if any(g is not None for g in t)]
-        for name, dk, dv, dk_t, dv_t in wanted:
+            launches = [("dual_backward_keys", dk, dv, None, None), ("backward_keys", None, None, dk_t, dv_t)]
+            launches = [(name, *t) for name, *t in launches if any(g is not None for g in t)]
+        for name, dk, dv, dk_t, dv_t in launches:
             if name == "backward_keys":
                 tensors |= dict.fromkeys(("p_qt", "p_kt", "p_vt", "p_a"))
             span = _span(call, 2, dk is not None or dv is not None, dk_t is not None or dv_t is not None)
@@ -250,9 +258,11 @@ _SHARED, _BROADCAST = ("cu_seqlens", "cu_seqlens_k"), ("mask", "bias")
 _forward = define(
     "attention_forward",
     f"(Tensor q, Tensor k, Tensor v, Tensor? q_t, Tensor? k_t, Tensor? v_t, Tensor? o, Tensor? lse, {_AUX}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)", _forward_launch, _forward_meta, _SHARED, _BROADCAST)
+    " -> (Tensor, Tensor, Tensor)", _forward_launch, _forward_meta, _SHARED, _BROADCAST, ranks=(4, 3, 3))
 _backward = define(
     "attention_backward",
     "(Tensor q, Tensor k, Tensor v, Tensor? q_t, Tensor? k_t, Tensor? v_t, Tensor o, Tensor? o_t, Tensor lse, "
     f"Tensor? mu, Tensor? a, Tensor b, {_AUX}, bool[] needs, bool[] needs_t, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _backward_launch, _backward_meta, _SHARED, _BROADCAST)
+    " -> (Tensor, Tensor, Tensor)", _backward_launch, _backward_meta, _SHARED, _BROADCAST, ranks=(4, 4, 4))
+#: Where ``needs`` and ``needs_t`` stand among its arguments.
+_NEEDS = 17

@@ -83,10 +83,12 @@ def one_layout(t: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None
     return t.contiguous(), tangent.contiguous()
 
 
-def like(t: Tensor) -> Tensor:
-    """An unwritten tensor of the layout of ``t``, rows dense."""
+def like(t: Tensor, count: int = 1) -> Tensor:
+    """An unwritten tensor of the layout of ``t``, rows dense; for ``count`` of them ``[count, *shape]``."""
     out = torch.empty_like(t)
-    return out if rows_dense(out) is out else torch.empty_like(t, memory_format=torch.contiguous_format)
+    if rows_dense(out) is not out:
+        out = torch.empty_like(t, memory_format=torch.contiguous_format)
+    return out if count == 1 else t.new_empty_strided((count, *t.shape), (t.numel(), *out.stride()))
 
 
 def strides(t: Tensor | None) -> tuple[int, int, int]:
@@ -95,13 +97,14 @@ def strides(t: Tensor | None) -> tuple[int, int, int]:
 
 
 def define(name: str, schema: str, launch: Callable[..., Any], meta: Callable[..., Any],
-           shared: Collection[str] = (), broadcast: Collection[str] = (),
+           shared: Collection[str] = (), broadcast: Collection[str] = (), ranks: Sequence[int] = (),
            mapped: Callable[..., tuple[Any, Any]] | None = None) -> Callable[..., Any]:
     """Registers ``gradmem::name`` and returns it.
 
     ``meta`` gives its outputs unwritten. Under vmap the mapped dimension is folded into the batch, the first dimension
-    of every tensor but those named in ``shared``; those in ``broadcast`` may have a batch of 1. An op for which this
-    does not do brings a rule of its own, ``mapped(op, size, in_dims, arguments by name) -> outputs, out_dims``.
+    of every tensor but those named in ``shared``; those in ``broadcast`` may have a batch of 1. ``ranks`` are those of
+    the outputs: a dimension more is that of stacked results, fewer are of one that is absent. An op for which this does
+    not do brings a rule of its own, ``mapped(op, size, in_dims, arguments by name) -> outputs, out_dims``.
     """
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, launch, "CPU")
@@ -122,8 +125,9 @@ def define(name: str, schema: str, launch: Callable[..., Any], meta: Callable[..
                   if isinstance(t, Tensor) and n not in shared else t
                   for n, t, d in zip(names, args, in_dims, strict=True)]
         out = op(*folded)
-        return (tuple(t.unflatten(0, (info.batch_size, batch)) if t.dim() > 1 else t for t in out),
-                tuple(0 if t.dim() > 1 else None for t in out))
+        places = [t.dim() - rank if t.dim() >= rank else None for t, rank in zip(out, ranks, strict=True)]
+        return (tuple(t if d is None else t.unflatten(d, (info.batch_size, batch))
+                      for t, d in zip(out, places, strict=True)), tuple(places))
 
     torch.library.register_vmap(f"gradmem::{name}", vmap, lib=_LIBRARY)
     return op

@@ -35,9 +35,10 @@ from test_attention import (  # noqa: F401 - run here too
     test_tangents_outside_their_rows_are_not_read,
 )
 
-from gradmem_kernels import attention
+from gradmem_kernels import attention_dual
 from gradmem_kernels import backend as backends
 from gradmem_kernels.backend import BackendError
+from gradmem_kernels.decoder.halves import join
 from gradmem_kernels.triton import attention_configs as table
 from gradmem_kernels.triton import common
 from gradmem_kernels.triton.attention_configs import CONFIGS, KERNELS, Config, override
@@ -51,6 +52,11 @@ THOROUGH = {
     "window_softcap_bias_dropout": {"lengths": (2, 2), "d": 1, "window": 2, "softcap": 0.9, "bias": (1, 1, 2, 2),
                                     "dropout": 0.3, "dropout_seed": 3},
     "packed": {"lengths": (2, 2), "d": 1, "cu_seqlens": (0, 1, 2)}}
+
+
+#: Options of a call of the kernels themselves.
+PLAIN = {"causal": True, "scale": 0.7, "window": None, "softcap": None, "dropout": 0.0, "seed": 0, "grad_rows": None,
+         "tangent_rows": None}
 
 
 def test_the_interpreter_runs_them():
@@ -164,13 +170,27 @@ def test_layouts_that_differ_between_primal_and_tangent(backend):
         assert torch.equal(a, b)
 
 
-def test_the_output_of_a_vendor_may_have_another_layout():
-    """Flash attention's output is laid out row by row; the double backward reads it, and writes its tangent."""
-    x = case("triton", batch=2, heads=(2, 2), lengths=(5, 5), d=3).inputs
-    a, u = random_like(x[0]), tuple(map(random_like, x))
-    vendor, own = (derivatives(lambda *x, first=first: attention(*x, causal=True, backend="triton", first_order=first),
-                               x, a, u).named() for first in ("cpu_flash", "own"))
-    assert_close(vendor, own)
+def test_primal_and_tangent_lie_together(backend):
+    """So that who stacks them need not copy."""
+    x = tuple(t.detach().requires_grad_() for t in case(backend, batch=2, heads=(2, 1), lengths=(3, 3)).inputs)
+    x_t = tuple(torch.ones_like(t, requires_grad=True) for t in x)
+    o = attention_dual(*x, *x_t, backend=backend)
+    gradients = torch.autograd.grad(o, (*x, *x_t), tuple(map(torch.ones_like, o)))
+    for primal, tangent in (o, *zip(gradients[:3], gradients[3:], strict=True)):
+        assert join(primal, tangent).untyped_storage().data_ptr() == primal.untyped_storage().data_ptr()
+
+
+def test_a_known_output_may_have_another_layout():
+    """That of a vendor's may be laid out row by row; the double backward reads it, and writes its tangent."""
+    x = tuple(t.detach() for t in case("triton", batch=2, heads=(2, 2), lengths=(5, 5), d=3).inputs)
+    u, kernels = tuple(map(random_like, x)), backends.select(OP, "triton")
+    (o,), saved = kernels.forward(x, (None,) * 5, **PLAIN)
+    moved = o.transpose(1, 2).contiguous().transpose(1, 2)
+    assert moved.stride() != o.stride()
+    (*found, (o_t,)), (*expected, (expected_t,)) = (
+        kernels.double_backward(x, (None,) * 5, u, (y,), saved, (u[0],), (True,) * 3, **PLAIN) for y in (moved, o))
+    for ours, theirs in zip((*found[0], o_t), (*expected[0], expected_t), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_head_dimensions_beyond_256_are_refused():
@@ -201,7 +221,7 @@ def test_opcheck(order):
     q, k, v = (t.detach() for t in case("triton", heads=(2, 1), lengths=(3, 3)).inputs)
     x_t, aux = (q + 1, k + 1, None), (None,) * 5
     options = (True, 0.5, None, 0.9, 0.0, 0, None, None)
-    o, o_t, lse, mu = torch.ops.gradmem.attention_forward(q, k, v, *x_t, None, None, *aux, *options)
+    (o, o_t), lse, mu = torch.ops.gradmem.attention_forward(q, k, v, *x_t, None, None, *aux, *options)
     forward = {"forward": ((None,) * 3, None, None), "dual_forward": (x_t, None, None), "known": (x_t, o, lse)}
     if order in forward:
         tangents, *known = forward[order]
@@ -217,12 +237,11 @@ def test_opcheck(order):
 def test_saved_rows_serve_the_reference():
     """Saved rows have one convention: a backward of the reference takes those of Triton."""
     x = tuple(t.detach() for t in case("triton", heads=(2, 1), lengths=(4, 2)).inputs)
-    options = {"causal": True, "scale": 0.7, "window": None, "softcap": None, "dropout": 0.0, "seed": 0,
-               "grad_rows": None, "tangent_rows": None}
     results = []
     for saver, reader in itertools.product(("triton", "reference"), repeat=2):
-        (o,), saved = backends.select(OP, saver).forward(x, (None,) * 5, **options)
-        grads = backends.select(OP, reader).backward(x, (None,) * 5, (o,), saved, (o + 1,), (True,) * 3, **options)
+        (o,), saved = backends.select(OP, saver).forward(x, (None,) * 5, **PLAIN)
+        assert torch.equal(saved[0].isinf(), torch.tensor([True, True, False, False]).expand(1, 2, 4))
+        grads = backends.select(OP, reader).backward(x, (None,) * 5, (o,), saved, (o + 1,), (True,) * 3, **PLAIN)
         results.append({f"gradient {i}": g for i, g in enumerate(grads)})
     for other in results[1:]:
         assert_close(other, results[0])
