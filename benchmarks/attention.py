@@ -40,6 +40,7 @@ from benchmarks.harness import (
 )
 from benchmarks.live_memory import peak_live_bytes
 from gradmem_kernels.backend import BackendError
+from gradmem_kernels.recompute import free_memory
 
 __all__ = ["CPU", "CUDA", "DEVICES", "PARTS", "PROVIDERS", "QUICK", "run", "table"]
 
@@ -68,7 +69,7 @@ CUDA = {
 }
 CPU = {
     "small": Part(_SINGLE, [Shape(2, 4, 4, s, d) for s in (256, 1024) for d in (32, 64)]),
-    "memory": Part(_SINGLE, [Shape(1, 1, 1, 2**k, 32) for k in range(10, 14)], ("double_backward",), timed=False),
+    "memory": Part(_SINGLE, [Shape(1, 1, 1, 2**k, 32) for k in range(10, 17)], ("double_backward",), timed=False),
 }
 QUICK = {
     "small": Part(_SINGLE, [Shape(2, 4, 2, 33, 16)]),
@@ -78,6 +79,10 @@ PARTS = tuple(CPU | CUDA)
 
 #: The longest sequence whose exact results are computed; longer ones are checked at this length.
 CHECKED_LENGTH = {"cpu": 2048, "cuda": 16384}
+
+
+#: Matrices of scores that plain PyTorch holds at once in a double backward.
+MATRICES = 8
 
 
 class Checked(NamedTuple):
@@ -115,6 +120,8 @@ def measure(part: Part, shape: Shape, options: Options) -> tuple[list[Row], list
     data, found, prepared = draw(shape, part.dtype, options.device), {}, {}
     for (provider, mode), of in checked.items():
         if of.unavailable is None and of.wrong is None:
+            of = of._replace(unavailable=too_large(provider, shape, part.dtype, options.device))
+        if of.unavailable is None and of.wrong is None:
             make = partial(prepare, mode, provider.load(shape), data)
             of = _attempt(provider, lambda make=make, of=of: of._replace(peak=peak_bytes(make, options.device)))
             if of.unavailable is None and of.wrong is None:
@@ -132,6 +139,15 @@ def measure(part: Part, shape: Shape, options: Options) -> tuple[list[Row], list
     rows = [_row(base, key, of, seconds, shape) for key, of in found.items() if of.wrong is None]
     at = "B {batch} H {heads}/{kv_heads} S {length} d {head_dim}".format(**asdict(shape))
     return rows, [f"{of.wrong} ({at})" for of in found.values() if of.wrong is not None]
+
+
+def too_large(provider: Provider, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
+    """Why plain PyTorch should not try: where memory runs out on a CPU, Linux ends the process."""
+    need = MATRICES * shape.batch * shape.heads * shape.length**2 * dtype.itemsize
+    free = free_memory(torch.device(device))
+    if provider != EAGER or torch.device(device).type != "cpu" or free is None or need < free:
+        return None
+    return f"would keep about {need / 2**30:.0f} GiB of score matrices"
 
 
 def check(providers: Sequence[Provider], part: Part, shape: Shape, device: str) -> dict[tuple[Provider, str], Checked]:

@@ -143,6 +143,21 @@ def test_memory_of_the_double_backward():
     assert peaks["eager", 2048] > 3.5 * peaks["eager", 1024]
 
 
+def test_score_matrices_that_do_not_fit_are_not_tried(monkeypatch):
+    """On a CPU that would end the process, not raise."""
+    monkeypatch.setattr(suite, "free_memory", lambda device: 2**30)
+    shape = Shape(1, 1, 1, 2**13, 32)
+    found = {(name, length): suite.too_large(BY_NAME[name], replace(shape, length=length), torch.float32, "cpu")
+             for name in ("eager", "gradmem") for length in (2**12, 2**13)}
+    assert found.pop(("eager", 2**13)) == "would keep about 2 GiB of score matrices"
+    assert not any(found.values())
+    monkeypatch.setattr(suite, "free_memory", lambda device: 0)
+    rows, wrong = measure(part(timed=False), SMALL, QUICK)
+    assert not wrong
+    assert {row.provider: row.peak_live_bytes is None for row in rows if row.provider in HERE}["eager"]
+    assert all(row.peak_live_bytes for row in rows if row.provider == "gradmem")
+
+
 def test_interleave_prepared():
     """Each is prepared in each round, run untimed once and timed once; what runs out of memory is left out."""
     log = []
