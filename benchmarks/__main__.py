@@ -8,11 +8,11 @@ import sys
 import torch
 from rich.console import Console
 
-from benchmarks import attention, cross_entropy, memory, meta_step, ops
+from benchmarks import attention, cross_entropy, footprint, memory, meta_step, ops
 from benchmarks.harness import Options, Provenance, check_storable, store
 
 SUITES = {"meta-step": meta_step, "memory": memory, "attention": attention, "cross-entropy": cross_entropy,
-          "ops": ops}
+          "ops": ops, "footprint": footprint}
 DEFAULT_REPEATS = 10
 
 
@@ -51,7 +51,7 @@ def main() -> int:
                       device=_device(parser, args.suite, args.device), only=tuple(args.only))
     if args.only and not hasattr(suite, "PARTS"):
         parser.error(f"--only: {args.suite} has no parts")
-    console.width = max(console.width, 130)  # a file or a pipe says 80
+    console.width = max(console.width, 150)  # a file or a pipe says 80
     with console.status(f"measuring {args.suite}; a large shape takes minutes"):
         report = suite.run(options)
     if report.rows:

@@ -59,7 +59,7 @@ def model(shape: Sizes, mode: str, *, trained: bool = True) -> dict[str, float]:
     write, read = _Pass(shape, shape.context_tokens), _Pass(shape, shape.query_tokens)
     once, each = write.step(mode, trained)
     first_order = read.first_order(trained)
-    return {part: once[part] + shape.steps * each[part] + first_order[part] for part in PARTS}
+    return {part: (once[part] if shape.steps else 0) + shape.steps * each[part] + first_order[part] for part in PARTS}
 
 
 class _Pass:

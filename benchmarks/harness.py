@@ -113,12 +113,17 @@ class Row:
     ratio_to_eager: float | None = None
     tflops: float | None = None
     flop_formula: str | None = None
+    #: Operations of the products of a step: after the cost model, and counted from those that run.
+    model_flops: float | None = None
+    executed_flops: float | None = None
     #: The bytes that the step has to move at least, over its time.
     gigabytes_per_second: float | None = None
     byte_formula: str | None = None
     peak_live_bytes: int | None = None
     peak_rss_bytes: int | None = None
     minor_faults: float | None = None
+    #: Of the same after a model, from sizes alone.
+    model_bytes: int | None = None
     #: The most that PyTorch's allocator had handed out at once on the GPU, less what lived before.
     peak_device_bytes: int | None = None
     #: Of the GPU's cache before each timed call: "flushed", or None on a CPU.

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from benchmarks.harness import Options, Report, Row, mebibytes
 from benchmarks.live_memory import peak_live_bytes
-from benchmarks.meta_step import PAPER, PROVIDERS, QUICK, Shape, admit, make_step
+from benchmarks.meta_step import admit
+from benchmarks.meta_step_providers import PAPER, PROVIDERS, QUICK, Shape, make_step
 
 __all__ = ["STEPS", "beyond_memories", "run", "table"]
 
