@@ -12,7 +12,9 @@ REPORT ?=
 WITH ?=
 # What `make gpu-attention` does, in order; what is done is not done again until `make gpu-again`.
 STAGES ?= configs headline long tests memory gqa sweep ops
-# Processes of its tests: compilation is what takes their time.
+# Likewise of `make gpu-write`.
+WRITE_STAGES ?= tests price paper long flat
+# Processes of gpu-attention's tests: compilation is what takes their time.
 JOBS ?= 8
 # Arguments for `make tune`, e.g. TUNE="--kernel dual_backward_keys --dtype half --head-dim 128".
 TUNE ?=
@@ -26,7 +28,7 @@ GPU_READY := $(if $(WITH),,$(INSTALLED))
 OLD_TRITON := $(VENV)/triton-3.6.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench compile-report gpu-attention gpu-again tune clean
+.PHONY: help demo test lint bench compile-report gpu-attention gpu-write gpu-again tune clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
@@ -57,7 +59,11 @@ gpu-attention: $(GPU_READY) ## on a GPU: tests, benchmarks of attention, most te
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'
 	@$(MAKE) --no-print-directory -k $(STAGES:%=build/gpu/%)
 
-gpu-again: ## forget which stages of gpu-attention are done
+gpu-write: $(GPU_READY) ## on a GPU: the meta-step's tests and benchmarks, most telling first
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'
+	@$(MAKE) --no-print-directory -k $(WRITE_STAGES:%=build/gpu/write-%)
+
+gpu-again: ## forget which stages of gpu-attention and gpu-write are done
 	rm -rf build/gpu
 
 tune: $(GPU_READY) ## on a GPU: look for faster configurations of the attention kernels
@@ -73,6 +79,14 @@ build/gpu/tests: $(GPU_READY)
 
 build/gpu/ops: $(GPU_READY)
 	$(GPU_PYTHON) -m benchmarks ops --device cuda --store
+	@mkdir -p $(@D) && touch $@
+
+build/gpu/write-tests: $(GPU_READY)
+	$(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/gpu/test_meta_step_gpu.py
+	@mkdir -p $(@D) && touch $@
+
+build/gpu/write-%: $(GPU_READY)
+	$(GPU_PYTHON) -m benchmarks meta-step --device cuda --only $* --store
 	@mkdir -p $(@D) && touch $@
 
 build/gpu/%: $(GPU_READY)

@@ -87,7 +87,7 @@ CUDA = {
                   torch.bfloat16, _CHECKED),
     "paper": Part([Case(provider, PAPER) for provider in (*PROVIDERS, *GRAPHS)], torch.float32, PAPER, tf32=True),
     "long": Part([Case(provider, _LONG) for provider in _LIBRARY if provider.mode != "none"], torch.bfloat16, _CHECKED,
-                 rounds=3),
+                 rounds=2),
     "flat": Part([Case(provider, shape) for shape in _FLAT for provider in PROVIDERS], torch.bfloat16, _CHECKED,
                  timed=False, counted=False),
 }
