@@ -27,6 +27,7 @@ from second_order import (
     refused,
 )
 
+from benchmarks.live_memory import peak_live_bytes
 from gradmem_kernels import backend as backends
 from gradmem_kernels.attention import attention, attention_dual
 from gradmem_kernels.reference import attention as reference
@@ -496,6 +497,24 @@ def test_keeps_no_matrix(options, backend):
         derivatives(long.run_op, long.inputs, long.cotangent(), long.inputs)
         long.run_dual(*(t.requires_grad_() for t in long.inputs), *long.inputs)
     assert 0 < max(saved) <= 64 * 4
+
+
+def test_memory_of_a_double_backward_is_linear_in_the_length():
+    """Its live tensors are counted on the meta device, which computes nothing."""
+    def peak(length):
+        x = tuple(torch.zeros(1, 4, length, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+                  for _ in range(3))
+
+        def work():
+            o = attention(*x, causal=True)
+            first = torch.autograd.grad(o, x, torch.ones_like(o), create_graph=True)
+            torch.autograd.grad(first, x, tuple(map(torch.ones_like, first)))
+
+        return peak_live_bytes(work)
+
+    short, *peaks = map(peak, (2**10, 2**13, 2**16))
+    for factor, long in zip((2**3, 2**6), peaks, strict=True):
+        assert long < 1.05 * factor * short
 
 
 Q, K, CU = torch.ones(2, 4, 3, 5), torch.ones(2, 2, 6, 5), torch.tensor([0, 1, 3])
