@@ -72,6 +72,10 @@ class Kernels(Protocol):
     # inputs; of the dual pair, flags of the inputs and of their tangents. The forward kernel computes the cotangents
     # of those already and ends saved with them. The option is absent where saved has none.
 
+    # Kernels of an op with an addend (see Op) take it as an option of forward, and with its tangent of dual_forward,
+    # and end y, and y_t, with the sum. The others find the sum in the place of the first input, and the cotangents of
+    # the sum at the end of y_bar and y_t_bar; they add these to what they return for it.
+
     # A backend may also have double_backward(x, aux, x_t, y, saved, y_bar, needs, **options) -> x_bar, y_t, which
     # shares the work of the pair that otherwise serves the double backward; see _double_backward.
 
@@ -87,6 +91,9 @@ class Op:
     ``keeps_x(x, options)`` tells which inputs the backward kernels read, ``keeps_y`` whether they read the outputs:
     what they do not read is not kept alive.
 
+    An ``addend`` is added to the first input, and the sum is the last output: ``y, s = f(x + addend)``. The sum is kept
+    in the place of both, and its cotangent is that of both.
+
     A call with ``early`` flags has the forward kernel compute cotangents of these inputs (and, of the dual op, then
     their tangents) already, where that spares the backward kernel more work. They serve the first derivative alone.
     """
@@ -97,25 +104,47 @@ class Op:
     aux: tuple[str, ...] = ()
     keeps_x: Callable[[Tensors, Mapping[str, Any]], Flags] = _keep_all
     keeps_y: bool = False
+    addend: str = ""
 
     @torch.compiler.disable
-    def __call__(self, kernels: Kernels, x: Tensors, aux: Tensors = (), *, early: Flags = (),
+    def __call__(self, kernels: Kernels, x: Tensors, aux: Tensors = (), *, addend: Tensors = (), early: Flags = (),
                  **options: Any) -> tuple[Tensor, ...]:
-        """The outputs ``y``, differentiable twice in every entry of ``x``."""
+        """The outputs ``y``, differentiable twice in every entry of ``x`` and in the addend."""
         with named_range(self.name):
-            return _Forward.apply(_Call(self, kernels, options, early=early), *x, *aux)[: len(self.y)]
+            return _Forward.apply(_Call(self, kernels, options, early=early), *addend, *x, *aux)[: len(self.y)]
 
     @torch.compiler.disable
-    def dual(self, kernels: Kernels, x: Tensors, x_t: Tensors, aux: Tensors = (), *, early: Flags = (),
-             **options: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The outputs and their tangents along ``x_t``, differentiable once in ``x`` and ``x_t``."""
-        if all(t is None for t in x_t):
-            y = self(kernels, x, aux, early=early[: len(x)], **options)
+    def dual(self, kernels: Kernels, x: Tensors, x_t: Tensors, aux: Tensors = (), *, addend: Tensors = (),
+             early: Flags = (), **options: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The outputs and their tangents along ``x_t``, differentiable once in ``x`` and ``x_t``.
+
+        ``addend`` has the addend and its tangent, where the op has one.
+        """
+        if all(t is None for t in (*addend[1:], *x_t)):
+            y = self(kernels, x, aux, addend=addend[:1], early=early[: len(x)], **options)
             return y, tuple(torch.zeros_like(o) for o in y)
         with named_range(f"{self.name}_dual"):
-            out = _DualForward.apply(_Call(self, kernels, options, early=early), *x, *x_t, *aux)
+            out = _DualForward.apply(_Call(self, kernels, options, early=early), *addend, *x, *x_t, *aux)
         n = len(self.y)
         return out[:n], out[n : 2 * n]
+
+    @property
+    def addends(self) -> int:
+        """How many there are, 0 or 1."""
+        return int(self.addend != "")
+
+    def of_sum(self, x: Tensors, total: Tensor | None) -> Tensors:
+        """``x`` with the sum in the place of the first input."""
+        return (total, *x[1:]) if self.addend else x
+
+    def needs(self, flags: Flags) -> Flags:
+        """Of the addend and ``x``: which of them need a cotangent, the sum where one of its terms does."""
+        return (flags[0] or flags[1], *flags[2:]) if self.addend else flags
+
+    def spread(self, x_bar: Tensors, flags: Flags) -> Tensors:
+        """The cotangents of the addend and ``x`` that ``flags`` asks for: the sum's is that of both its terms."""
+        terms = (x_bar[0], *x_bar) if self.addend else x_bar
+        return tuple(t if flag else None for t, flag in zip(terms, flags, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +157,17 @@ class _Call:
     needs: Flags = ()  # of a backward: the inputs that need a cotangent
     early: Flags = ()  # those whose cotangents the forward kernel computes
 
-    def run(self, kernel: str, *args: Any, early: Flags = ()) -> Any:
+    def run(self, kernel: str, *args: Any, addend: Tensors = (), early: Flags = ()) -> Any:
         """The result of one of the kernels."""
         options = {**self.options, "early": early} if any(early) else self.options
+        if addend:
+            options = {**options, **dict(zip((self.op.addend, f"{self.op.addend}_t"), addend, strict=False))}
         with named_range(self.op.name, kernel):
             return getattr(self.kernels, kernel)(*args, **options)
 
     def kept(self, x: Tensors, y: Tensors) -> tuple[Tensors, Tensors]:
         flags = self.op.keeps_x(x, self.options)
+        x = self.op.of_sum(x, y[-1])
         return (tuple(t if keep else None for t, keep in zip(x, flags, strict=True)),
                 y if self.op.keeps_y else (None,) * len(y))
 
@@ -185,6 +217,12 @@ def _wanted(ctx: Any) -> Flags:
     return tuple(need and _will_run(node) for need, node in zip(ctx.needs_input_grad, nodes, strict=True))
 
 
+def _terms_wanted(ctx: Any) -> bool:
+    """Of a sum that is the first input, and an output of the op: whether a term's cotangent will be used."""
+    forward, _ = ctx.next_functions[0]
+    return any(node is not None and _will_run(node) for node, _ in forward.next_functions[:2])
+
+
 def _note_inputs(ctx: Any, inputs: Sequence[Any]) -> None:
     ctx.set_materialize_grads(False)
     ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
@@ -198,45 +236,49 @@ def _will_run(node: Any) -> bool:
 
 
 class _Forward(Function):
-    """``apply(call, *x, *aux) -> (*y, *saved)``."""
+    """``apply(call, *addend, *x, *aux) -> (*y, *saved)``."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, aux = _split(flat, len(call.op.x))
-        y, saved = call.run("forward", x, aux, early=call.early)
+        addend, x, aux = _split(flat, call.op.addends, len(call.op.x))
+        y, saved = call.run("forward", x, aux, addend=addend, early=call.early)
         return (*y, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *flat = inputs
-        x, aux = _split(flat, len(call.op.x))
+        _, x, aux = _split(flat, call.op.addends, len(call.op.x))
         y, saved = _split(output, len(call.op.y))
         _note_inputs(ctx, inputs)
         ctx.call, ctx.n_saved = call, len(saved)
         ctx.mark_non_differentiable(*saved)
         x, y = call.kept(x, y)
         ctx.save_for_backward(*x, *aux, *y, *saved)
-        ctx.save_for_forward(*x, *aux)
+        ctx.save_for_forward(*flat)
 
     @staticmethod
     def backward(ctx: Any, *y_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op = ctx.call, ctx.call.op
         y_bar = y_bar[: len(op.y)]
-        unused = (None,) * (1 + len(op.x) + len(op.aux))
-        needs = _wanted(ctx)[1 : 1 + len(op.x)]
+        wanted = _wanted(ctx)[1 : 1 + op.addends + len(op.x)]
+        needs = op.needs(wanted)
         if all(g is None for g in y_bar) or not any(needs):
-            return unused
-        x_bar = _Backward.apply(replace(call, needs=needs), *ctx.saved_tensors, *y_bar)
-        return None, *_scatter(x_bar, needs), *unused[: len(op.aux)]
+            return (None,) * (1 + op.addends + len(op.x) + len(op.aux))
+        if op.addend and all(g is None for g in y_bar[:-1]):
+            x_bar: Tensors = (y_bar[-1], *(None,) * (len(op.x) - 1))  # the sum's own, passed on
+        else:
+            x_bar = _scatter(_Backward.apply(replace(call, needs=needs), *ctx.saved_tensors, *y_bar), needs)
+        return None, *op.spread(x_bar, wanted), *(None,) * len(op.aux)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *flat_t: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op = ctx.call, ctx.call.op
-        x, aux = _split(ctx.saved_tensors, len(op.x))
-        out = _DualForward.apply(replace(call, early=()), *x, *flat_t[: len(op.x)], *aux)
+        addend, x, aux = _split(ctx.saved_tensors, op.addends, len(op.x))
+        addend_t, x_t, _aux_t = _split(flat_t, op.addends, len(op.x))
+        out = _DualForward.apply(replace(call, early=()), *addend, *addend_t, *x, *x_t, *aux)
         n = len(op.y)
         return (*out[n : 2 * n], *(None,) * ctx.n_saved)
 
@@ -271,10 +313,12 @@ class _Backward(Function):
     @staticmethod
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op = ctx.call, ctx.call.op
-        flat = ctx.saved_tensors
+        x_t = _scatter(g, call.needs)
         x_needs, aux_needs, y_needs, saved_needs, y_bar_needs = _Backward._parts(op, _wanted(ctx)[1:])
-        if all(t is None for t in g) or not any(x_needs + y_bar_needs):
-            return (None,) * (1 + len(flat))
+        s_bar_bar: Tensors = ()
+        if op.addend:  # the sum's cotangent was added to the result, so that the result's goes back to it
+            x_needs = (x_needs[0] and _terms_wanted(ctx), *x_needs[1:])
+            y_bar_needs, s_bar_bar = y_bar_needs[:-1], (x_t[0] if y_bar_needs[-1] else None,)
 
         @_in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
@@ -283,10 +327,13 @@ class _Backward(Function):
             x_bar, y_t = _double_backward(call, x, aux, x_t, y, saved, y_bar, x_needs)
             return (*_select(x_bar, x_needs), *_select(y_t, y_bar_needs))
 
-        out = last_derivative(op.name, compute, *_scatter(g, call.needs), *flat)
-        x_bar, y_bar_bar = _split(out, sum(x_needs))
-        return (None, *_scatter(x_bar, x_needs), *(None,) * len(aux_needs + y_needs + saved_needs),
-                *_scatter(y_bar_bar, y_bar_needs))
+        x_bar: Tensors = (None,) * len(x_needs)
+        y_bar_bar: Tensors = (None,) * len(y_bar_needs)
+        if any(t is not None for t in g) and any(x_needs + y_bar_needs):
+            out = last_derivative(op.name, compute, *x_t, *ctx.saved_tensors)
+            some_x_bar, some_y_bar_bar = _split(out, sum(x_needs))
+            x_bar, y_bar_bar = _scatter(some_x_bar, x_needs), _scatter(some_y_bar_bar, y_bar_needs)
+        return (None, *x_bar, *(None,) * len(aux_needs + y_needs + saved_needs), *y_bar_bar, *s_bar_bar)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *flat_t: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -323,37 +370,41 @@ def _double_backward(call: _Call, x: Tensors, aux: Tensors, x_t: Tensors, y: Ten
 
 
 class _DualForward(Function):
-    """``apply(call, *x, *x_t, *aux) -> (*y, *y_t, *saved)``."""
+    """``apply(call, *addend, *addend_t, *x, *x_t, *aux) -> (*y, *y_t, *saved)``."""
 
     generate_vmap_rule = True
 
     @staticmethod
     @_in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, x_t, aux = _split(flat, len(call.op.x), len(call.op.x))
-        y, y_t, saved = call.run("dual_forward", x, aux, x_t, early=call.early)
+        addend, x, x_t, aux = _split(flat, 2 * call.op.addends, len(call.op.x), len(call.op.x))
+        y, y_t, saved = call.run("dual_forward", x, aux, x_t, addend=addend, early=call.early)
         return (*y, *y_t, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *flat = inputs
         op = call.op
-        x, x_t, aux = _split(flat, len(op.x), len(op.x))
+        addend, x, x_t, aux = _split(flat, 2 * op.addends, len(op.x), len(op.x))
         y, y_t, saved = _split(output, len(op.y), len(op.y))
         _note_inputs(ctx, inputs)
         ctx.call = call
         ctx.mark_non_differentiable(*saved)
         x, y = call.kept(x, y)
+        if x_t[0] is not None or any(t is not None for t in addend[1:]):
+            x_t = op.of_sum(x_t, y_t[-1])
         ctx.save_for_backward(*x, *aux, *x_t, *y, *(y_t if op.keeps_y else (None,) * len(op.y)), *saved)
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op = ctx.call, ctx.call.op
         n_x, n_aux, n_y = len(op.x), len(op.aux), len(op.y)
-        needs, needs_t, _ = _split(_wanted(ctx)[1:], n_x, n_x)
+        addend, x, x_t, _ = _split(_wanted(ctx)[1:], 2 * op.addends, n_x, n_x)
+        wanted, wanted_t = (*addend[:1], *x), (*addend[1:], *x_t)
+        needs, needs_t = op.needs(wanted), op.needs(wanted_t)
         bars = bars[: 2 * n_y]
         if all(g is None for g in bars) or not any(needs + needs_t):
-            return (None,) * (1 + 2 * n_x + n_aux)
+            return (None,) * (1 + 2 * op.addends + 2 * n_x + n_aux)
 
         @_in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
@@ -364,7 +415,9 @@ class _DualForward(Function):
 
         out = last_derivative(f"{op.name}_dual", compute, *bars, *ctx.saved_tensors)
         x_bar, x_t_bar = _split(out, sum(needs))
-        return None, *_scatter(x_bar, needs), *_scatter(x_t_bar, needs_t), *(None,) * n_aux
+        x_bar, x_t_bar = op.spread(_scatter(x_bar, needs), wanted), op.spread(_scatter(x_t_bar, needs_t), wanted_t)
+        n = op.addends
+        return None, *x_bar[:n], *x_t_bar[:n], *x_bar[n:], *x_t_bar[n:], *(None,) * n_aux
 
     @staticmethod
     def jvp(ctx: Any, *_: Tensor | None) -> NoReturn:

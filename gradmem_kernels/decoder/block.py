@@ -22,8 +22,8 @@ from gradmem_kernels.decoder.halves import join, split
 from gradmem_kernels.decoder.linear import linear_dual
 from gradmem_kernels.decoder.rope import Rope
 from gradmem_kernels.gelu import gelu, gelu_dual
-from gradmem_kernels.layer_norm import layer_norm, layer_norm_dual
-from gradmem_kernels.rms_norm import rms_norm, rms_norm_dual
+from gradmem_kernels.layer_norm import add_layer_norm, add_layer_norm_dual, layer_norm, layer_norm_dual
+from gradmem_kernels.rms_norm import add_rms_norm, add_rms_norm_dual, rms_norm, rms_norm_dual
 from gradmem_kernels.rotary import rotary
 from gradmem_kernels.swiglu import swiglu, swiglu_dual
 
@@ -85,6 +85,21 @@ class Norm:
         if self.kind == "rms":
             return join(*rms_norm_dual(primal, weight, tangent, eps=self.eps))
         return join(*layer_norm_dual(primal, weight, tangent, bias=bias, eps=self.eps))
+
+    def add_forward(self, module: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``norm(s), s`` with ``s = x + residual``."""
+        weight, bias = self._parameters(module)
+        if self.kind == "rms":
+            return add_rms_norm(x, residual, weight, eps=self.eps)
+        return add_layer_norm(x, residual, weight, bias=bias, eps=self.eps)
+
+    def add_dual(self, module: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        (weight, bias), (primal, tangent), (other, other_t) = self._parameters(module), split(x), split(residual)
+        if self.kind == "rms":
+            y, s, y_t, s_t = add_rms_norm_dual(primal, other, weight, tangent, other_t, eps=self.eps)
+        else:
+            y, s, y_t, s_t = add_layer_norm_dual(primal, other, weight, tangent, other_t, bias=bias, eps=self.eps)
+        return join(y, y_t), join(s, s_t)
 
     @staticmethod
     def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -211,8 +226,10 @@ class Block(nn.Module):
             x = x + self.feed_forward.forward(source, self.norm.forward(second, x))
         if context is not None:
             x = torch.cat([x, context.residual], -2)
-        x = x + attended
-        return x if self.parallel else x + self.feed_forward.forward(source, self.norm.forward(second, x))
+        if self.parallel:
+            return x + attended
+        normed, x = self.norm.add_forward(second, attended, x)
+        return x + self.feed_forward.forward(source, normed)
 
     def dual(self, x: Tensor, rope: Rope | None, context: ContextRows | None = None) -> Tensor:
         """The same on stacked primal and tangent, ``[2, B, S, D]``; ``context`` has no tangent."""
@@ -223,8 +240,10 @@ class Block(nn.Module):
             x = x + self.feed_forward.dual(source, self.norm.dual(second, x))
         if context is not None:
             x = torch.cat([x, torch.stack([context.residual, torch.zeros_like(context.residual)])], -2)
-        x = x + attended
-        return x if self.parallel else x + self.feed_forward.dual(source, self.norm.dual(second, x))
+        if self.parallel:
+            return x + attended
+        normed, x = self.norm.add_dual(second, attended, x)
+        return x + self.feed_forward.dual(source, normed)
 
     def project_context(self, x: Tensor, rope: Rope | None) -> ContextRows:
         """What this layer, the first, makes of rows ``x [B, T, D]`` whatever stands before them."""

@@ -14,16 +14,16 @@ def refusal(x=None, weight=None, bias=None):
     return refusal_of(x)
 
 
-def forward(x, aux, *, eps):
-    return norm.forward(x, eps=eps, centred=True)
+def forward(x, aux, *, eps, residual=None):
+    return norm.forward(x, residual, eps=eps, centred=True)
 
 
 def backward(x, aux, y, saved, y_bar, needs, *, eps):
     return norm.backward(x, saved, y_bar, needs)
 
 
-def dual_forward(x, aux, x_t, *, eps):
-    return norm.dual_forward(x, x_t, eps=eps, centred=True)
+def dual_forward(x, aux, x_t, *, eps, residual=None, residual_t=None):
+    return norm.dual_forward(x, x_t, residual, residual_t, eps=eps, centred=True)
 
 
 def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, eps):

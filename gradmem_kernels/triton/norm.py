@@ -2,7 +2,8 @@
 
 Two operators serve all orders. A plain backward is the cotangent of the tangents, ``x_t_bar = backward(x; y_t_bar)``,
 with the output's cotangent in the place of ``b``. ``x`` holds x, weight and bias, ``saved`` rstd and mean (None in
-rms_norm).
+rms_norm). A ``residual`` is added to x first, and the sum is the second output. The backward kernels find the sum in
+the place of x, and its cotangent behind that of y: ``g``, that of its tangent ``h``.
 """
 
 from __future__ import annotations
@@ -45,27 +46,26 @@ def tile(kernel: str, width: int) -> Tile:
     return Tile(rows, block, min(32, max(4, rows * block // 256)))
 
 
-def forward(x, *, eps, centred):
-    y, stats = _forward(*x, *NONE, eps, centred)
-    return (y,), stats.unbind(0)
+def forward(x, residual, *, eps, centred):
+    y, stats, s = _forward(*x, *NONE, residual, None, eps, centred)
+    return (y,) if residual is None else (y, s), stats.unbind(0)
 
 
 def backward(x, saved, y_bar, needs):
     return dual_backward(x, NONE, saved, (None,), y_bar, NEITHER, needs)[1]
 
 
-def dual_forward(x, x_t, *, eps, centred):
-    out, stats = _forward(*x, *x_t, eps, centred)
-    y, y_t = out.unbind(0)
-    return (y,), (y_t,), stats.unbind(0)
+def dual_forward(x, x_t, residual, residual_t, *, eps, centred):
+    out, stats, sums = _forward(*x, *x_t, residual, residual_t, eps, centred)
+    y, y_t = zip(out.unbind(0), *(() if residual is None else (sums.unbind(0),)), strict=True)
+    return y, y_t, stats.unbind(0)
 
 
 def dual_backward(x, x_t, saved, y_bar, y_t_bar, needs, needs_t):
-    (a,), (b,) = y_bar, y_t_bar
+    (a, g), (b, h) = ((*bar, None)[:2] for bar in (y_bar, y_t_bar))
     if b is None:
-        zeros = tuple(torch.zeros_like(t) if need else None for t, need in zip(x, needs_t, strict=True))
-        return backward(x, saved, y_bar, needs), zeros
-    out, _, *sums = _backward(*x[:2], *x_t, *_rstd_mean(saved), a, b, (needs[0], needs_t[0]), False,
+        return (_of_sum(x, g, needs) if a is None else backward(x, saved, y_bar, needs)), _of_sum(x, h, needs_t)
+    out, _, *sums = _backward(*x[:2], *x_t, *_rstd_mean(saved), a, b, g, h, (needs[0], needs_t[0]), False,
                               (*needs[1:], *needs_t[1:]))
     dx, dx_t = parts(out, (needs[0], needs_t[0]))
     dw, dc, dw_t, dc_t = (t if need else None for t, need in zip(sums, (*needs[1:], *needs_t[1:]), strict=True))
@@ -73,52 +73,69 @@ def dual_backward(x, x_t, saved, y_bar, y_t_bar, needs, needs_t):
 
 
 def double_backward(x, x_t, saved, y_bar, needs):
-    dx, y_t, dw, dc, *_ = _backward(*x[:2], *x_t, *_rstd_mean(saved), None, *y_bar, (needs[0], False), True,
-                                    (*needs[1:], False, False))
+    dx, y_t, dw, dc, *_ = _backward(*x[:2], *x_t, *_rstd_mean(saved), None, y_bar[0], None, None, (needs[0], False),
+                                    True, (*needs[1:], False, False))
     return tuple(t if need else None for t, need in zip((dx, dw, dc), needs, strict=True)), (y_t,)
+
+
+def _of_sum(x, s_bar, needs):
+    """The cotangents of x where y has none: that of the sum, in a tensor of its own, and zeros."""
+    return tuple(None if not need else s_bar.clone() if i == 0 and s_bar is not None else torch.zeros_like(t)
+                 for i, (t, need) in enumerate(zip(x, needs, strict=True)))
 
 
 def _rstd_mean(saved):
     return (*saved, None)[:2]
 
 
-def _forward_meta(x, weight, bias, x_t, weight_t, bias_t, eps, centred):
-    """``y``, or ``y`` and ``y_t`` in one, and ``[1 | 2, ..., 1]``: rstd and in layer_norm mean; not written."""
-    dual = any(t is not None for t in (x_t, weight_t, bias_t))
+def _forward_meta(x, weight, bias, x_t, weight_t, bias_t, residual, residual_t, eps, centred):
+    """``y``, or ``y`` and ``y_t`` in one, ``[1 | 2, ..., 1]``: rstd and in layer_norm mean; and the sum like ``y``.
+
+    Nothing is written; without a residual the sum is empty.
+    """
+    dual = any(t is not None for t in (x_t, weight_t, bias_t, residual_t))
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return stacked(x, 1 + dual), x.new_empty(1 + centred, *x.shape[:-1], 1, dtype=dtype)
+    return (stacked(x, 1 + dual), x.new_empty(1 + centred, *x.shape[:-1], 1, dtype=dtype),
+            stacked(x, 0 if residual is None else 1 + dual))
 
 
-def _forward_launch(x, weight, bias, x_t, weight_t, bias_t, eps, centred):
-    out = _forward_meta(x, weight, bias, x_t, weight_t, bias_t, eps, centred)
-    dual = out[0].dim() > x.dim()
+def _forward_launch(x, weight, bias, x_t, weight_t, bias_t, residual, residual_t, eps, centred):
+    out = _forward_meta(x, weight, bias, x_t, weight_t, bias_t, residual, residual_t, eps, centred)
+    dual, summed = out[0].dim() > x.dim(), residual is not None
     y, y_t = parts(out[0], (True, dual))
     rstd, mean = (*out[1].unbind(0), None)[:2]
-    inner, (x, x_t), strides = as_rows(x, x_t)
+    s, s_t = parts(out[2], (summed, summed and dual))
+    if x_t is None:
+        x_t, residual_t = residual_t, None
+    if s_t is not None and x_t is None:
+        s_t.zero_()
+        s_t = None
+    inner, (x, x_t, residual, residual_t), strides = as_rows(x, x_t, residual, residual_t)
     weight, weight_t, bias, bias_t = map(_dense, (weight, weight_t, bias, bias_t))
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     of = tile("forward", width)
     if x.numel() > 0:
         with on_device(x):
             kernels.forward_kernel[triton.cdiv(rows, of.rows),](
-                x, x_t, weight, weight_t, bias, bias_t, y, y_t, rstd, mean, *strides, rows, inner, eps, D=width,
-                ROWS=of.rows, BLOCK=of.block, ACC=accumulator(x.dtype), num_warps=of.warps)
+                x, x_t, residual, residual_t, weight, weight_t, bias, bias_t, y, y_t, s, s_t, rstd, mean, *strides,
+                rows, inner, eps, D=width, ROWS=of.rows, BLOCK=of.block, ACC=accumulator(x.dtype), num_warps=of.warps)
     return out
 
 
-def _backward_meta(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, needs, tangent, sums):
+def _backward_meta(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, g, h, needs, tangent, sums):
     """``dx`` and ``dx_t`` in one, ``y_t``, and ``dw, dc, dw_t, dc_t``, not written; what is not wanted is empty."""
     return (stacked(x, sum(needs)), stacked(x, int(tangent)),
             *(weight.new_empty(weight.shape if wanted else 0) for wanted in sums))
 
 
-def _backward_launch(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, needs, tangent, sums):
-    dx, y_t, *_ = out = _backward_meta(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, needs, tangent, sums)
+def _backward_launch(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, g, h, needs, tangent, sums):
+    dx, y_t, *_ = out = _backward_meta(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, g, h, needs, tangent, sums)
     dx, dx_t = parts(dx, needs)
     y_t = y_t if tangent else None
     if dx is None and y_t is None and not any(sums[:2]):
         x_t = weight_t = a = None
-    inner, (x, x_t, a, b), strides = as_rows(x, x_t, a, b)
+    g, h = (t if wanted is not None else None for t, wanted in ((g, dx), (h, dx_t)))
+    inner, (x, x_t, a, b, g, h), strides = as_rows(x, x_t, a, b, g, h)
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     dual = any(t is not None for t in (x_t, weight_t, a))
     of = tile(("dual_" if dual else "") + "backward" + ("_sums" if any(sums) else ""), width)
@@ -131,7 +148,7 @@ def _backward_launch(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, needs, 
     if x.numel() > 0:
         with on_device(x):
             kernels.backward_kernel[programs,](
-                x, x_t, a, b, *map(_dense, (weight, weight_t, bias_t, rstd, mean)), dx, dx_t, y_t, dw,
+                x, x_t, a, b, g, h, *map(_dense, (weight, weight_t, bias_t, rstd, mean)), dx, dx_t, y_t, dw,
                 dw_t, dc, dc_t, *strides, rows, inner, programs, D=width, ROWS=of.rows, BLOCK=of.block,
                 ACC=accumulator(x.dtype), num_warps=of.warps)
     for total, of_programs, wanted in zip(out[2:], partial, sums, strict=True):
@@ -153,12 +170,13 @@ def _dense(t: Tensor | None) -> Tensor | None:
 
 _forward = define(
     "norm_forward",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? x_t, Tensor? weight_t, Tensor? bias_t, float eps, bool centred)"
-    " -> (Tensor, Tensor)", _forward_launch, _forward_meta,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? x_t, Tensor? weight_t, Tensor? bias_t, Tensor? residual, "
+    "Tensor? residual_t, float eps, bool centred) -> (Tensor, Tensor, Tensor)", _forward_launch, _forward_meta,
     mapped=lambda *args: mapped_over_rows(*args, weights=("weight", "bias", "weight_t", "bias_t")))
 _backward = define(
     "norm_backward",
     "(Tensor x, Tensor weight, Tensor? x_t, Tensor? weight_t, Tensor? bias_t, Tensor rstd, Tensor? mean, Tensor? a, "
-    "Tensor b, bool[] needs, bool tangent, bool[] sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor b, Tensor? g, Tensor? h, bool[] needs, bool tangent, bool[] sums) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_launch, _backward_meta,
     mapped=lambda *args: mapped_over_rows(*args, weights=("weight", "weight_t", "bias_t"), sums="sums"))

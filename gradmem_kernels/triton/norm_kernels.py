@@ -3,12 +3,14 @@
 A program has ``ROWS`` rows ``[ROWS, BLOCK]`` at a time and goes over their columns once for the sums over each row and
 once for the results. Where a row is one tile (``D <= BLOCK``) these loops have one step each, and the compiler reads
 every element once, as no store comes before a load; wider rows are read again from the cache. rms_norm has no mean
-(``p_mean``) and no bias.
+(``p_mean``) and no bias. A residual ``r`` is added to x first, and their sum ``s`` is what is normalised; the backward
+kernel finds the sum in the place of x.
 
 Sums over rows, the cotangents of weights, take no atomics: a program adds up what it sees, in the order of its rows,
 in a row of its own of ``[programs, D]``. Names: ``p_`` pointers, ``s_`` strides (see rows.as_rows), ``o_`` offsets,
 ``b_`` tiles, ``_t`` tangents, ``d`` cotangents; ``w`` is the weight, ``c`` the bias, ``a`` and ``b`` are the cotangents
-of ``y`` and ``y_t``. A pointer that is ``None`` is a known zero, or a result that nobody asked for.
+of ``y`` and ``y_t``, ``g`` and ``h`` those of ``s`` and ``s_t``. A pointer that is ``None`` is a known zero, or a
+result that nobody asked for.
 """
 
 import triton
@@ -20,6 +22,15 @@ def _load(p_x, s_x, row, inner, o_d, inside, ACC: tl.constexpr):
     """A tile ``[ROWS, BLOCK]`` of x ``[rows, D]``, zero where not ``inside``."""
     o_row = tl.cast(row // inner, tl.int64) * s_x[0] + tl.cast(row % inner, tl.int64) * s_x[1]
     return tl.load((p_x + o_row)[:, None] + o_d[None, :], mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
+def _load_sum(p_x, p_r, s_x, s_r, row, inner, o_d, inside, ACC: tl.constexpr):
+    """A tile of x + r, rounded as it is stored: what is normalised is what the backward kernel will find."""
+    b_x = _load(p_x, s_x, row, inner, o_d, inside, ACC)
+    if p_r is not None:
+        b_x = (b_x + _load(p_r, s_r, row, inner, o_d, inside, ACC)).to(p_x.dtype.element_ty).to(ACC)
+    return b_x
 
 
 @triton.jit
@@ -61,13 +72,13 @@ def _store_total(p_sums, total, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-        p_x, p_xt,  # [rows, D]
+        p_x, p_xt, p_r, p_rt,  # [rows, D]
         p_w, p_wt, p_c, p_ct,  # [D]
-        p_y, p_yt,  # [rows, D], dense
+        p_y, p_yt, p_s, p_st,  # [rows, D], dense
         p_rstd, p_mean,  # [rows]
-        s_x, s_xt, rows, inner, eps,
+        s_x, s_xt, s_r, s_rt, rows, inner, eps,
         D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """``y``, ``rstd`` and in layer_norm ``mean``; with a tangent also ``y_t``."""
+    """``y``, ``rstd`` and in layer_norm ``mean``; with a tangent also ``y_t``; with a residual also the sums."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_block = tl.arange(0, BLOCK)
     mean = tl.zeros([ROWS, 1], ACC)
@@ -76,23 +87,24 @@ def forward_kernel(
         for column in range(0, D, BLOCK):
             o_d = column + o_block
             inside = (row < rows)[:, None] & (o_d < D)[None, :]
-            mean += _mean(_load(p_x, s_x, row, inner, o_d, inside, ACC), D)
+            mean += _mean(_load_sum(p_x, p_r, s_x, s_r, row, inner, o_d, inside, ACC), D)
             if p_xt is not None:
-                mean_t += _mean(_load(p_xt, s_xt, row, inner, o_d, inside, ACC), D)
+                mean_t += _mean(_load_sum(p_xt, p_rt, s_xt, s_rt, row, inner, o_d, inside, ACC), D)
     square = tl.zeros([ROWS, 1], ACC)
     product = tl.zeros([ROWS, 1], ACC)
     for column in range(0, D, BLOCK):
         o_d = column + o_block
         inside = (row < rows)[:, None] & (o_d < D)[None, :]
-        b_x = tl.where(inside, _load(p_x, s_x, row, inner, o_d, inside, ACC) - mean, 0.0)
+        b_x = tl.where(inside, _load_sum(p_x, p_r, s_x, s_r, row, inner, o_d, inside, ACC) - mean, 0.0)
         square += _mean(b_x * b_x, D)
         if p_xt is not None:
-            product += _mean(b_x * _load(p_xt, s_xt, row, inner, o_d, inside, ACC), D)
+            product += _mean(b_x * _load_sum(p_xt, p_rt, s_xt, s_rt, row, inner, o_d, inside, ACC), D)
     rstd = 1 / tl.sqrt(square + eps)
     for column in range(0, D, BLOCK):
         o_d = column + o_block
         inside = (row < rows)[:, None] & (o_d < D)[None, :]
-        b_n = (_load(p_x, s_x, row, inner, o_d, inside, ACC) - mean) * rstd
+        b_s = _load_sum(p_x, p_r, s_x, s_r, row, inner, o_d, inside, ACC)
+        b_n = (b_s - mean) * rstd
         b_w = _load_weight(p_w, o_d, D, ACC)
         b_y = b_n * b_w
         b_yt = tl.zeros([ROWS, BLOCK], ACC)
@@ -100,8 +112,8 @@ def forward_kernel(
             b_y += _load_weight(p_c, o_d, D, ACC)
         # y_t = n_t * w + n * w_t + c_t,  n_t = r * (x_t - mean(x_t) - n * mean(n * x_t))
         if p_xt is not None:
-            b_xt = _load(p_xt, s_xt, row, inner, o_d, inside, ACC)
-            b_yt += rstd * (b_xt - mean_t - b_n * (rstd * product)) * b_w
+            b_st = _load_sum(p_xt, p_rt, s_xt, s_rt, row, inner, o_d, inside, ACC)
+            b_yt += rstd * (b_st - mean_t - b_n * (rstd * product)) * b_w
         if p_wt is not None:
             b_yt += b_n * _load_weight(p_wt, o_d, D, ACC)
         if p_ct is not None:
@@ -109,6 +121,10 @@ def forward_kernel(
         _store(p_y, row, o_d, inside, b_y, D)
         if p_yt is not None:
             _store(p_yt, row, o_d, inside, b_yt, D)
+        if p_s is not None:
+            _store(p_s, row, o_d, inside, b_s, D)
+        if p_st is not None:
+            _store(p_st, row, o_d, inside, b_st, D)
     tl.store(p_rstd + row[:, None], rstd, mask=(row < rows)[:, None])
     if p_mean is not None:
         tl.store(p_mean + row[:, None], mean, mask=(row < rows)[:, None])
@@ -162,12 +178,12 @@ def _row_means(p_x, p_xt, p_a, p_b, p_w, p_wt, p_mean, p_dx, p_dxt, s_x, s_xt, s
 
 @triton.jit
 def backward_kernel(
-        p_x, p_xt, p_a, p_b,  # [rows, D]
+        p_x, p_xt, p_a, p_b, p_g, p_h,  # [rows, D]
         p_w, p_wt, p_ct,  # [D]
         p_rstd, p_mean,  # [rows]
         p_dx, p_dxt, p_yt,  # [rows, D], dense
         p_dw, p_dwt, p_dc, p_dct,  # [programs, D]
-        s_x, s_xt, s_a, s_b, rows, inner, programs,
+        s_x, s_xt, s_a, s_b, s_g, s_h, rows, inner, programs,
         D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Cotangents of inputs and tangents, and ``y_t``, as far as asked for."""
     o_block = tl.arange(0, BLOCK)
@@ -192,9 +208,9 @@ def backward_kernel(
             b_n = (_load(p_x, s_x, row, inner, o_d, inside, ACC) - mean) * rstd
             b_b = _load(p_b, s_b, row, inner, o_d, inside, ACC)
             b_w = _load_weight(p_w, o_d, D, ACC)
-            # e = dn_t - mean(dn_t) - n * mean(n * dn_t),  dx_t = r * e
+            # e = dn_t - mean(dn_t) - n * mean(n * dn_t),  dx_t = r * e + h
             b_e = b_b * b_w - dnt_1 - b_n * dnt_n
-            # dx = r * (dn - mean(dn) - (mean(n * dn) + mean(n_t * dn_t)) * n - c * n_t - r * mean(n * x_t) * e)
+            # dx = r * (dn - mean(dn) - (mean(n * dn) + mean(n_t * dn_t)) * n - c * n_t - r * mean(n * x_t) * e) + g
             b_dx = -dn_1 - (dn_n + nt_dnt) * b_n
             b_dw = tl.zeros([ROWS, BLOCK], ACC)
             b_yt = tl.zeros([ROWS, BLOCK], ACC)
@@ -213,10 +229,16 @@ def backward_kernel(
                 b_dw += b_a * b_n
             if p_ct is not None:
                 b_yt += _load_weight(p_ct, o_d, D, ACC)
+            b_dx *= rstd
+            b_dxt = rstd * b_e
+            if p_g is not None:
+                b_dx += _load(p_g, s_g, row, inner, o_d, inside, ACC)
+            if p_h is not None:
+                b_dxt += _load(p_h, s_h, row, inner, o_d, inside, ACC)
             if p_dx is not None:
-                _store(p_dx, row, o_d, inside, rstd * b_dx, D)
+                _store(p_dx, row, o_d, inside, b_dx, D)
             if p_dxt is not None:
-                _store(p_dxt, row, o_d, inside, rstd * b_e, D)
+                _store(p_dxt, row, o_d, inside, b_dxt, D)
             if p_yt is not None:
                 _store(p_yt, row, o_d, inside, b_yt, D)
             if p_dw is not None:

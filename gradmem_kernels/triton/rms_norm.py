@@ -11,16 +11,16 @@ def refusal(x=None, weight=None):
     return refusal_of(x)
 
 
-def forward(x, aux, *, eps):
-    return norm.forward((*x, None), eps=eps, centred=False)
+def forward(x, aux, *, eps, residual=None):
+    return norm.forward((*x, None), residual, eps=eps, centred=False)
 
 
 def backward(x, aux, y, saved, y_bar, needs, *, eps):
     return norm.backward((*x, None), saved, y_bar, (*needs, False))[:2]
 
 
-def dual_forward(x, aux, x_t, *, eps):
-    return norm.dual_forward((*x, None), (*x_t, None), eps=eps, centred=False)
+def dual_forward(x, aux, x_t, *, eps, residual=None, residual_t=None):
+    return norm.dual_forward((*x, None), (*x_t, None), residual, residual_t, eps=eps, centred=False)
 
 
 def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, eps):
