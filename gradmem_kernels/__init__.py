@@ -4,7 +4,7 @@ from gradmem_kernels.attention import attention, attention_dual
 from gradmem_kernels.autograd import HigherOrderError
 from gradmem_kernels.backend import BackendError, use_backend
 from gradmem_kernels.checks import ArgumentError
-from gradmem_kernels.decoder import Decoder, DecoderConfig
+from gradmem_kernels.decoder import ContextRows, Decoder, DecoderConfig, KVCache, RopeScaling
 from gradmem_kernels.gelu import gelu, gelu_dual
 from gradmem_kernels.inner_sgd import inner_sgd, inner_sgd_dual
 from gradmem_kernels.layer_norm import add_layer_norm, add_layer_norm_dual, layer_norm, layer_norm_dual
@@ -20,10 +20,10 @@ from gradmem_kernels.write import WriteOutput, write
 __version__ = "0.1.0"
 
 __all__ = [
-    "ArgumentError", "BackendError", "Decoder", "DecoderConfig", "HigherOrderError", "Prefix", "PrefixLoss",
-    "WriteOutput", "add_layer_norm", "add_layer_norm_dual", "add_rms_norm", "add_rms_norm_dual", "attention",
-    "attention_dual", "gelu", "gelu_dual", "inner_sgd", "inner_sgd_dual", "layer_norm", "layer_norm_dual",
-    "linear_cross_entropy", "linear_cross_entropy_dual", "logits_budget", "profile_ranges", "resolve_recompute",
-    "rms_norm", "rms_norm_dual", "rotary", "rotary_dual", "rotary_tables", "swiglu", "swiglu_dual", "use_backend",
-    "write",
+    "ArgumentError", "BackendError", "ContextRows", "Decoder", "DecoderConfig", "HigherOrderError", "KVCache", "Prefix",
+    "PrefixLoss", "RopeScaling", "WriteOutput", "add_layer_norm", "add_layer_norm_dual", "add_rms_norm",
+    "add_rms_norm_dual", "attention", "attention_dual", "gelu", "gelu_dual", "inner_sgd", "inner_sgd_dual",
+    "layer_norm", "layer_norm_dual", "linear_cross_entropy", "linear_cross_entropy_dual", "logits_budget",
+    "profile_ranges", "resolve_recompute", "rms_norm", "rms_norm_dual", "rotary", "rotary_dual", "rotary_tables",
+    "swiglu", "swiglu_dual", "use_backend", "write",
 ]

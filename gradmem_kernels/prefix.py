@@ -104,7 +104,7 @@ class PrefixLoss:
     @property
     def params(self) -> tuple[Tensor, ...]:
         """Every tensor that requires grad and that the loss reads."""
-        context = (self.context_embeds,) if self._context is None else self._context
+        context = (self.context_embeds,) if self._context is None else self._context.tensors
         tensors = (*context, self.head_weight, self.head_bias, *self.prefix.parameters(), *self.decoder.parameters())
         return tuple({id(t): t for t in tensors if t is not None and t.requires_grad}.values())
 
@@ -147,7 +147,8 @@ class PrefixLoss:
             if t is not None:
                 setattr(twin, name, _leaf(t))
         if self._context is not None:
-            twin._context = ContextRows(*map(_leaf, self._context))
+            residual, q, k, v = map(_leaf, self._context.tensors)
+            twin._context = ContextRows(residual, q, k, v, self._context.first)
         return twin
 
     def __call__(self, memory: Tensor) -> Tensor:

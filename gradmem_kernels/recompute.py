@@ -19,7 +19,7 @@ SHARE = 0.7
 def resolve_recompute(loss_fn: Any, *memory: Tensor, steps: int) -> str:
     """What ``recompute="auto"`` stands for: the fastest of ``"none"``, ``"step"`` and ``"layer"`` that fits.
 
-    Where none does, it is ``"layer"``.
+    Where none does, it is ``"layer"``; a loss without a dual form has no ``"layer"``.
 
     ``loss_fn.footprint(*memory, steps=K, recompute=...)`` gives the bytes that each takes, as
     :class:`gradmem_kernels.PrefixLoss` does; they are compared with 0.7 of the device's free memory. Without it, and
@@ -33,8 +33,9 @@ def resolve_recompute(loss_fn: Any, *memory: Tensor, steps: int) -> str:
     free = free_memory(memory[0].device)
     if free is None or not hasattr(loss_fn, "footprint"):
         return "step"
-    fits = (mode for mode in RECOMPUTE if loss_fn.footprint(*memory, steps=steps, recompute=mode) <= SHARE * free)
-    return next(fits, RECOMPUTE[-1])
+    modes = RECOMPUTE if hasattr(loss_fn, "dual") else RECOMPUTE[:2]
+    fits = (mode for mode in modes if loss_fn.footprint(*memory, steps=steps, recompute=mode) <= SHARE * free)
+    return next(fits, modes[-1])
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -51,7 +52,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _below_limit() -> list[int]:
-    """What is left of the limit of this process's control group, if it has one."""
+    """What is left of the limit of the container, where that is one of control groups version 2."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))

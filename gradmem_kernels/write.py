@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -360,6 +361,9 @@ def _check(loss_fn: Any, memory: Memory, steps: int, lr: LearningRate | None, pa
         check.fail("second_order_steps", "an integer >= 0, with order='second'",
                    f"{second_order_steps} with order={order!r}")
     has_dual = hasattr(loss_fn, "dual")
+    if has_dual and not {"cotangents", "kwargs"} & inspect.signature(loss_fn.dual).parameters.keys():
+        check.fail("loss_fn", "a dual form that takes checkpoint_layers= and cotangents=", "one without cotangents",
+                   "it may ignore them: they only spare work")
     if recompute == "layer" and not has_dual:
         check.fail("recompute", "'none' or 'step' for a loss_fn without a dual form", "'layer'",
                    "give loss_fn a dual form, as PrefixLoss has")

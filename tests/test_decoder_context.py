@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradmem_kernels import Decoder, DecoderConfig, Prefix, PrefixLoss, write
 from gradmem_kernels.attention import OP
+from gradmem_kernels.checks import ArgumentError
 from gradmem_kernels.decoder import ContextRows
 
 F64 = torch.float64
@@ -131,12 +132,38 @@ def test_one_context_token_leaves_nothing_to_project() -> None:
 
 
 def test_context_rows_know_whether_they_are_constant() -> None:
-    rows = ContextRows(*(torch.zeros(1) for _ in range(4)))
+    rows = ContextRows(*(torch.zeros(1) for _ in range(4)), first=0)
     assert rows.constant
     asked = rows._replace(v=torch.zeros(1, requires_grad=True))
     assert not asked.constant
     with torch.no_grad():
         assert asked.constant
+
+
+def test_rows_of_another_position_are_refused() -> None:
+    decoder = make(LLAMA)
+    rows = decoder.project_context(randn(2, CONTEXT, 8), first=PREFIX)
+    with pytest.raises(ArgumentError, match=r"Decoder: context: expected rows projected for first=2.*got first=3"):
+        decoder(randn(2, 2, 8), context=rows)
+    with pytest.raises(ArgumentError, match=r"Decoder.dual: context: expected rows projected for first=4"):
+        decoder.dual(randn(2, 4, 8), randn(2, 4, 8), context=rows)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_autocast(config: DecoderConfig) -> None:
+    """Products in bfloat16, the residual stream and the weights in float32: every form runs, and is only rounded."""
+    decoder = make(config).float()
+    ids, table, memory = torch.randint(5, (2, CONTEXT)), torch.randn(5, 8), torch.ones(2, PREFIX, 8, requires_grad=True)
+
+    def gradient(mode: str, narrow: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = PrefixLoss(decoder, Prefix(8), table[ids], ids, table)
+            out = write(loss, memory, steps=2, lr=0.01, recompute=mode)
+            return gradients(out.memory.square().sum(), (memory,))[0]
+
+    exact = gradient("none", False)
+    for mode in ("none", "step", "layer"):
+        assert (gradient(mode, True) - exact).norm() < 0.2 * exact.norm()
 
 
 def gradients(y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -502,7 +502,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"order": "third"}, "order: expected one of none, first, second, got 'third'"),
     ({"second_order_steps": -1}, "second_order_steps: expected an integer >= 0"),
     ({"second_order_steps": 1, "order": "first"}, "second_order_steps: .*order='second'"),
-    ({"recompute": "some"}, "recompute: expected one of none, step, layer, got 'some'"),
+    ({"recompute": "some"}, "recompute: expected one of none, step, layer, auto, got 'some'"),
     ({"recompute": "layer"}, "recompute: .*without a dual form"),
     ({"clip_value": 0.0}, "clip_value: expected a finite number > 0, got 0.0"),
     ({"clip_norm": float("inf")}, "clip_norm: expected a finite number > 0"),

@@ -36,17 +36,23 @@ class ContextRows(NamedTuple):
     Attributes:
         residual: ``[B, T, D]``, to which the layer's attention is added.
         q, k, v: ``[B, H, T, d]``, rotated for their positions.
+        first: the position of the first row.
     """
 
     residual: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
+    first: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self[:4]
 
     @property
     def constant(self) -> bool:
         """Whether nobody asks for their gradients."""
-        return not (torch.is_grad_enabled() and any(t.requires_grad for t in self))
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors))
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class SelfAttention:
             options = cache.visible(self.window)
         elif context is not None:
             rows = (0, q.shape[-2])
-            q, k, v = map(_join_rows, (q, k, v), context[1:])
+            q, k, v = map(_join_rows, (q, k, v), context.tensors[1:])
             options["grad_rows"] = rows if context.constant else None
         return self.merge(layer, attention(q, k, v, scale=self.scale, **options))
 
@@ -135,7 +141,7 @@ class SelfAttention:
         options: dict[str, Any] = {"causal": True, "window": self.window}
         if context is not None:
             rows = (0, q.shape[-2])
-            q, k, v = map(_join_rows, (q, k, v), context[1:])
+            q, k, v = map(_join_rows, (q, k, v), context.tensors[1:])
             q_t, k_t, v_t = (F.pad(t.transpose(-2, -3), (0, 0, 0, 0, 0, q.shape[-2] - rows[1])).transpose(-2, -3)
                              for t in (q_t, k_t, v_t))
             options |= {"tangent_rows": rows, "grad_rows": rows if context.constant else None}
@@ -148,7 +154,10 @@ class SelfAttention:
         q, k, v = self._heads([_linear(layer, name, x, dual) for name in self.names.qkv])
         if self.qk_norm is not None:
             norm = self.qk_norm.dual if dual else self.qk_norm.forward
-            q, k = norm(layer.get_submodule(self.names.q_norm), q), norm(layer.get_submodule(self.names.k_norm), k)
+            modules = (layer.get_submodule(name) for name in (self.names.q_norm, self.names.k_norm))
+            # under autocast they come in half precision from products, the weights do not
+            q, k = (norm(module, t.to(cast(Tensor, module.weight).dtype)).to(t.dtype)
+                    for module, t in zip(modules, (q, k), strict=True))
         q, k, v = (t.transpose(-2, -3) for t in (q, k, v))
         return (q, k, v) if rope is None else (_rotate(q, rope), _rotate(k, rope), v)
 
@@ -228,7 +237,7 @@ class Block(nn.Module):
             x = torch.cat([x, context.residual], -2)
         if self.parallel:
             return x + attended
-        normed, x = self.norm.add_forward(second, attended, x)
+        normed, x = self.norm.add_forward(second, attended.to(x.dtype), x)  # autocast's products are narrower
         return x + self.feed_forward.forward(source, normed)
 
     def dual(self, x: Tensor, rope: Rope | None, context: ContextRows | None = None) -> Tensor:
@@ -242,17 +251,17 @@ class Block(nn.Module):
             x = torch.cat([x, torch.stack([context.residual, torch.zeros_like(context.residual)])], -2)
         if self.parallel:
             return x + attended
-        normed, x = self.norm.add_dual(second, attended, x)
+        normed, x = self.norm.add_dual(second, attended.to(x.dtype), x)
         return x + self.feed_forward.dual(source, normed)
 
-    def project_context(self, x: Tensor, rope: Rope | None) -> ContextRows:
-        """What this layer, the first, makes of rows ``x [B, T, D]`` whatever stands before them."""
+    def project_context(self, x: Tensor, rope: Rope | None, first_row: int) -> ContextRows:
+        """What this layer, the first, makes of rows ``x [B, T, D]`` from ``first_row`` on, whatever is before them."""
         source = self.source
         first, second = (source.get_submodule(name) for name in (self.names.attention_norm, self.names.mlp_norm))
         projected = self.attention.project(source, self.norm.forward(first, x), rope)
         if self.parallel:
             x = x + self.feed_forward.forward(source, self.norm.forward(second, x))
-        return ContextRows(x, *projected)
+        return ContextRows(x, *projected, first_row)
 
 
 def make_norm(config: DecoderConfig, size: int, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from gradmem_kernels.checks import Checker
 
@@ -102,6 +102,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check = Checker("DecoderConfig")
+        scaling, window = cast(Any, self.rope_scaling), cast(Any, self.sliding_window)  # JSON gives these types
+        if isinstance(scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**scaling))
+        if isinstance(window, list):
+            object.__setattr__(self, "sliding_window", tuple(window))
         self._check_sizes(check)
         self._check_positions(check)
         for name, allowed in (("norm", NORMS), ("activation", ACTIVATIONS)):

@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         x = self._check("Decoder.project_context", inputs_embeds, 0)
         x = self._place("Decoder.project_context", x, first)
         layer = cast(Block, self.layers[0])
-        return layer.project_context(x, self._rope(first, first + x.shape[1], x))
+        return layer.project_context(x, self._rope(first, first + x.shape[1], x), first)
 
     def dual(self, inputs_embeds: Tensor, inputs_embeds_t: Tensor, *, start: int = 0,
              context: ContextRows | None = None, checkpoint_layers: bool = False) -> tuple[Tensor, Tensor]:
@@ -237,6 +237,9 @@ class Decoder(nn.Module):
         check.tensor("inputs_embeds", inputs_embeds, ("B", "S", "D"))
         if context is not None:
             check.tensor("context", context.residual, ("B", "T", "D"))
+            if context.first != inputs_embeds.shape[1]:
+                check.fail("context", f"rows projected for first={inputs_embeds.shape[1]}, behind inputs_embeds",
+                           f"first={context.first}", "project_context again, for a prefix of this length")
         _, rows = self._span(inputs_embeds, context)
         if not isinstance(start, int) or not 0 <= start <= rows:
             check.fail("start", f"a row in 0..{rows}", start)

@@ -28,8 +28,8 @@ def linear_dual(linear: nn.Module, x: Tensor) -> Tensor:
         return torch.stack(torch.func.jvp(linear, (x[0],), (x[1],)))
     if bias is None:
         return linear(x)
-    both = torch.stack([bias, torch.zeros_like(bias)])
-    return F.linear(x, weight) + both.view(2, *(1,) * (x.dim() - 2), -1)
+    product, both = F.linear(x, weight), torch.stack([bias, torch.zeros_like(bias)])
+    return product + both.to(product.dtype).view(2, *(1,) * (x.dim() - 2), -1)
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:

@@ -226,6 +226,8 @@ class Graphed:
 def _named_state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Any]]:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         yield name, (tensor.data_ptr(), tensor.requires_grad)
+    yield "the model's config", repr(getattr(module, "config", None))
+    yield "train() or eval()", tuple(m.training for m in module.modules())
     for i, group in enumerate(() if optimizer is None else optimizer.param_groups):
         for key, value in group.items():
             if key not in ("params", "initial_lr"):

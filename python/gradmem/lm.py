@@ -69,7 +69,7 @@ class CausalLM(Backbone):
 class TransformersLM(Backbone):
     """A causal language model of ``transformers``, whose modules it borrows: no parameter is copied.
 
-    Embeddings and head that adapters are to wrap must be wrapped before.
+    Embeddings that adapters are to wrap must be wrapped before; a head that is wrapped is refused.
 
     Args:
         model: of a class that :meth:`gradmem_kernels.Decoder.from_transformers` serves.

@@ -44,16 +44,21 @@ def meta_step(model: GradMem, optimizer: torch.optim.Optimizer, batch: Batch,
 
     Gradients are cleared before and after. Nothing in it waits for the device.
     """
-    optimizer.zero_grad()
+    model.zero_grad()
     out = model(batch.context_ids, batch.query_ids, batch.labels, batch.context_lengths)
     assert out.loss is not None
     with named_range("outer backward"):
         out.loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     with named_range("optimizer step"):
-        optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]  # read by fused ones
-        optimizer.step()
+        if optimizer.defaults.get("fused"):  # such ones read it, and leave everything as it is where it is 1
+            optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            if optimizer.defaults.get("fused"):
+                del optimizer.found_inf  # type: ignore[attr-defined]
         increment_version(list(model.parameters()))  # fused optimizers do not
-        optimizer.zero_grad()
+        model.zero_grad()
     inner = out.inner_losses[-1].detach().mean() if len(out.inner_losses) else None
     return StepOutput(out.loss.detach(), norm, exact_match(out.logits, batch).float().mean(), inner)
