@@ -34,7 +34,7 @@ F64 = torch.float64
 B, P, S, VOCAB, D, WINDOW = 2, 3, 8, 23, 32, 4
 SIZES = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": None,
          "intermediate_size": 24, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": None}
-GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 6}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 6, "rms_norm_eps": 1e-2}
 MIXED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 NEOX = {"rope_theta": 100.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
