@@ -25,9 +25,11 @@ ARCHITECTURES = ("sm_90", "sm_80")
 #: The representative of each class of dtypes.
 DTYPES = {"half": torch.bfloat16, "float32": torch.float32}
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-#: Complete calls: every tangent and cotangent there. ``frozen``: without those of weights.
+#: Complete calls: every tangent and cotangent there. ``frozen``: without those of weights; ``add``: of a sum, whose
+#: double backward is that of a norm.
 MODES = ("forward", "dual_forward", "backward", "dual_backward", "double_backward")
 FROZEN = ("backward frozen", "dual_backward frozen")
+ADD = tuple(f"{mode} add" for mode in (*MODES[:4], *FROZEN))
 #: Where kernels are, for recorders to take their place.
 KERNELS = ((norm_kernels, "forward_kernel"), (norm_kernels, "backward_kernel"), (activation_kernels, "forward_kernel"),
            (activation_kernels, "backward_kernel"), (rotary, "rotary_kernel"))
@@ -134,16 +136,18 @@ class _Recorder:
 def _norm(mode: str, x: Tensor, centred: bool) -> None:
     weight, rows = x.new_empty(x.shape[-1]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
     bias, mean = (weight, rows) if centred else (None, None)
-    if mode.endswith("forward"):
-        norm._forward_launch(x, weight, bias, x if mode == "dual_forward" else None, None, None, 1e-6, centred)
+    order, *kinds = mode.split(" ")
+    other, frozen = x if "add" in kinds else None, "frozen" in kinds
+    if order.endswith("forward"):
+        x_t, other_t = (x, other) if order == "dual_forward" else (None, None)
+        norm._forward_launch(x, weight, bias, x_t, None, None, other, other_t, 1e-6, centred)
         return
-    order, _, frozen = mode.partition(" ")
     x_t = None if order == "backward" else x
     weight_t, bias_t = (weight, bias) if order == "double_backward" else (None, None)
     # in a plain backward the cotangents are in the place of those of the tangents
     sums = [not frozen, not frozen and centred]
     norm._backward_launch(x, weight, x_t, weight_t, bias_t, rows, mean, x if order == "dual_backward" else None, x,
-                          (order != "backward", order != "double_backward"), order == "double_backward",
+                          other, other, (order != "backward", order != "double_backward"), order == "double_backward",
                           [False, False, *sums] if order == "backward" else [*sums, False, False])
 
 
@@ -165,8 +169,9 @@ def _rotary(mode: str, x: Tensor, rotated: int) -> None:
 
 #: Widths where a tile holds rows, where a row is a tile, and where it is several.
 CALLS = {
-    "layer_norm": Call(lambda mode, x: _norm(mode, x, True), (*MODES, *FROZEN), (1024, 16384), ("ROWS", "BLOCK")),
-    "rms_norm": Call(lambda mode, x: _norm(mode, x, False), (*MODES, *FROZEN), (128, 4096, 8192), ("ROWS", "BLOCK")),
+    "layer_norm": Call(lambda mode, x: _norm(mode, x, True), (*MODES, *FROZEN, *ADD), (1024, 16384), ("ROWS", "BLOCK")),
+    "rms_norm": Call(lambda mode, x: _norm(mode, x, False), (*MODES, *FROZEN, *ADD), (128, 4096, 8192),
+                     ("ROWS", "BLOCK")),
     "swiglu": Call(lambda mode, x: _activation(mode, x, "silu", True), MODES, (4096,), ("", "BLOCK")),
     "gelu": Call(lambda mode, x: _activation(mode, x, "gelu", False), MODES, (4096,), ("", "BLOCK")),
     "gelu_tanh": Call(lambda mode, x: _activation(mode, x, "gelu_tanh", False), MODES, (4096,), ("", "BLOCK")),

@@ -194,14 +194,18 @@ def test_gradients_of_the_terms_share_no_memory(norm, backend):
 
 def test_cotangents_given_by_the_caller_stay_theirs(backend):
     """The sum passes its cotangent on; leaves copy it."""
-    x, residual, weight = (t.requires_grad_() for t in case(backend, (2, 3)).inputs)
-    bar = randn(2, 3)
-    before = bar.clone()
-    _, s = add_rms_norm(x, residual, weight, backend=backend)
-    s.backward(bar)
-    for t in (x, residual):
-        t.grad.zero_()
-    assert torch.equal(bar, before)
+    x, residual, weight, x_t = (t.requires_grad_() for t in (*case(backend, (2, 3)).inputs, randn(2, 3)))
+    bars = randn(2, 2, 3).unbind()
+    before = [bar.clone() for bar in bars]
+    torch.autograd.backward(add_rms_norm(x, residual, weight, backend=backend)[1], bars[0])
+    outputs = add_rms_norm_dual(x, residual, weight, x_t, None, backend=backend)
+    for use in ((1,), (3,), (1, 3)):
+        torch.autograd.backward([outputs[i] for i in use], bars[: len(use)], retain_graph=True)
+        for t in (x, residual, weight, x_t):
+            if t.grad is not None:
+                t.grad.add_(1)
+                t.grad = None
+    assert all(map(torch.equal, bars, before))
 
 
 def test_the_sum_is_kept_in_the_place_of_its_terms(backend):

@@ -38,6 +38,11 @@ def test_configurations_are_those_of_the_launch():
     ("rms_norm backward", {"p_x", "p_b", "p_w", "p_rstd", "p_dxt", "p_dwt"}),
     ("rms_norm backward frozen", {"p_x", "p_b", "p_w", "p_rstd", "p_dxt"}),
     ("rms_norm dual_backward frozen", {"p_x", "p_xt", "p_a", "p_b", "p_w", "p_rstd", "p_dx", "p_dxt"}),
+    ("rms_norm forward add", {"p_x", "p_r", "p_w", "p_y", "p_s", "p_rstd"}),
+    ("rms_norm dual_forward add", {"p_x", "p_xt", "p_r", "p_rt", "p_w", "p_y", "p_yt", "p_s", "p_st", "p_rstd"}),
+    ("rms_norm backward frozen add", {"p_x", "p_b", "p_h", "p_w", "p_rstd", "p_dxt"}),
+    ("rms_norm dual_backward frozen add",
+     {"p_x", "p_xt", "p_a", "p_b", "p_g", "p_h", "p_w", "p_rstd", "p_dx", "p_dxt"}),
     ("rms_norm double_backward", {"p_x", "p_xt", "p_b", "p_w", "p_wt", "p_rstd", "p_dx", "p_yt", "p_dw"}),
     ("swiglu dual_backward", {"p_x", "p_up", "p_xt", "p_upt", "p_a", "p_b", "p_dx", "p_dxt", "p_dup", "p_dupt"}),
     ("gelu double_backward", {"p_x", "p_xt", "p_b", "p_dx", "p_yt"})])
@@ -52,9 +57,15 @@ def test_a_build_has_the_pointers_of_its_call(name, present):
 @pytest.mark.parametrize(("name", "loads", "stores"), [
     ("rms_norm dual_forward half D4096 sm_90", 3, 3),  # x, x_t, w; y, y_t, rstd
     ("rms_norm dual_backward frozen half D4096 sm_90", 6, 2),  # x, x_t, a, b, w, rstd; dx, dx_t
+    # two accesses each: x, x_t, r, r_t, w; y, y_t, s, s_t; and rstd
+    ("rms_norm dual_forward add half D4096 sm_90", 10, 9),
+    ("rms_norm dual_backward frozen add half D4096 sm_90", 15, 4),
     ("swiglu dual_backward half D4096 sm_90", 6, 4)])
 def test_every_element_is_read_and_written_once(name, loads, stores, tmp_path, monkeypatch):
-    """A thread has one access of 16 bytes to each tensor, although the norms' text goes over a row more than once."""
+    """A thread has one access of 16 bytes to every 8 elements, although the norms' text goes over a row more than once.
+
+    It has 8 of each tensor, or 16.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     ptx = report._compile(BUILDS[name]).asm["ptx"]
     assert (ptx.count("ld.global"), ptx.count("st.global")) == (loads, stores)

@@ -20,11 +20,16 @@ from gradmem_kernels.triton.rows import as_rows, mapped_over_rows, parts, stacke
 
 NONE, NEITHER = (None,) * 3, (False,) * 3
 
-#: The widest row that is one tile, with its sums over rows or without: what fits in registers. Wider rows are gone over
-#: in tiles of COLUMNS.
-ONE_TILE = {"forward": 16384, "backward": 16384, "backward_sums": 8192, "dual_backward": 8192,
-            "dual_backward_sums": 4096}
+#: The widest row that is one tile, of a sum (``add``) or not, with its sums over rows or without: what fits in
+#: registers. Wider rows are gone over in tiles of COLUMNS.
+ONE_TILE = {"forward": 16384, "dual_forward_add": 8192,
+            "backward": 16384, "backward_sums": 8192, "backward_add": 8192, "backward_add_sums": 8192,
+            "dual_backward": 8192, "dual_backward_sums": 4096, "dual_backward_add": 8192,
+            "dual_backward_add_sums": 4096}
 COLUMNS = 4096
+#: Kernels whose threads have 16 elements each, in tiles of at most so many rows. With 8 the assembler goes for more
+#: warps than there are registers for, and spills.
+SIXTEEN = {"dual_forward_add": 2048, "dual_backward_add": 1, "backward_add_sums": 2048}
 #: Elements of a tile of several rows, where rows are narrower.
 ELEMENTS = 2048
 #: Programs that share the sums over rows, for each multiprocessor; in the interpreter, in all.
@@ -43,7 +48,8 @@ def tile(kernel: str, width: int) -> Tile:
     if block > ONE_TILE[kernel]:
         block = min(block, COLUMNS)
     rows = max(1, ELEMENTS // block)
-    return Tile(rows, block, min(32, max(4, rows * block // 256)))
+    elements = 16 if rows <= SIXTEEN.get(kernel, 0) else 8
+    return Tile(rows, block, min(32, max(4, rows * block // (32 * elements))))
 
 
 def forward(x, residual, *, eps, centred):
@@ -113,7 +119,7 @@ def _forward_launch(x, weight, bias, x_t, weight_t, bias_t, residual, residual_t
     inner, (x, x_t, residual, residual_t), strides = as_rows(x, x_t, residual, residual_t)
     weight, weight_t, bias, bias_t = map(_dense, (weight, weight_t, bias, bias_t))
     rows, width = x.shape[:-1].numel(), x.shape[-1]
-    of = tile("forward", width)
+    of = tile("dual_forward_add" if summed and dual else "forward", width)
     if x.numel() > 0:
         with on_device(x):
             kernels.forward_kernel[triton.cdiv(rows, of.rows),](
@@ -138,7 +144,9 @@ def _backward_launch(x, weight, x_t, weight_t, bias_t, rstd, mean, a, b, g, h, n
     inner, (x, x_t, a, b, g, h), strides = as_rows(x, x_t, a, b, g, h)
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     dual = any(t is not None for t in (x_t, weight_t, a))
-    of = tile(("dual_" if dual else "") + "backward" + ("_sums" if any(sums) else ""), width)
+    summed = g is not None or h is not None
+    of = tile(("dual_" if dual else "") + "backward" + ("_add" if summed else "") + ("_sums" if any(sums) else ""),
+              width)
     blocks = triton.cdiv(rows, of.rows)
     programs = min(blocks, _most_programs(x)) if any(sums) else blocks
     # the bias is not in n: its cotangent is that of y

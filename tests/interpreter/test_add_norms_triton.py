@@ -31,7 +31,7 @@ from test_layer_norm_triton import THOROUGH, tiled  # noqa: F401 - a fixture
 
 from gradmem_kernels.rms_norm import add_rms_norm_dual
 from gradmem_kernels.triton import norm
-from gradmem_kernels.triton.norm import Tile
+from gradmem_kernels.triton.norm import ONE_TILE, Tile, tile
 
 OP = "layer_norm"
 BACKENDS = ("triton",)
@@ -47,6 +47,14 @@ def test_guarantees(check, options, backend):
 @pytest.mark.parametrize("check", [check_values, check_dual_once])
 def test_tiles(check, norm, tiled, backend):  # noqa: F811 - the fixture
     check(case(backend, (2, 3, 5), norm))
+
+
+@pytest.mark.parametrize(("kernel", "width"), [(kernel, width) for kernel in ONE_TILE if "add" in kernel
+                                               for width in (64, 8192, 10000)], ids=str)
+def test_every_shipped_tile(kernel, width, backend, monkeypatch):
+    """The tiles that a GPU gets, on rows of that width, for all of the kernels of that order."""
+    monkeypatch.setattr(norm, "tile", lambda _, width: tile(kernel, width))
+    check_dual_once(case(backend, (3, width), "layer"))
 
 
 def test_layouts(tiled, backend):  # noqa: F811 - the fixture

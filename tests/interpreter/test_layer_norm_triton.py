@@ -114,8 +114,8 @@ def test_precision(dtype, width, backend):
     check_precision(case(backend, (3, 5, width)), dtype)
 
 
-@pytest.mark.parametrize(("kernel", "width"), [(kernel, width) for kernel in ONE_TILE for width in (64, 16384, 20000)],
-                         ids=str)
+@pytest.mark.parametrize(("kernel", "width"), [(kernel, width) for kernel in ONE_TILE if "add" not in kernel
+                                               for width in (64, 16384, 20000)], ids=str)
 def test_every_shipped_tile(kernel, width, backend, monkeypatch):
     """The tiles that a GPU gets, on rows of that width, for all of the kernels of that order."""
     monkeypatch.setattr(norm, "tile", lambda _, width: tile(kernel, width))
