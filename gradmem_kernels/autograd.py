@@ -307,6 +307,8 @@ class _Backward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _note_inputs(ctx, inputs)
         ctx.call, *flat = inputs
+        if ctx.call.op.addend:
+            flat[-1] = None  # the sum's cotangent was added to the result: no derivative depends on it
         ctx.save_for_backward(*flat)
         ctx.save_for_forward(*flat)
 

@@ -213,8 +213,17 @@ def test_the_sum_is_kept_in_the_place_of_its_terms(backend):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         _, s = add_rms_norm(x, residual, weight, backend=backend)
-    rows = [t for t in kept if t.shape == s.shape]
-    assert [t.data_ptr() for t in rows] == [s.data_ptr()]
+    assert [t.data_ptr() for t in kept if t.shape == s.shape] == [s.data_ptr()]
+
+
+def test_a_first_derivative_keeps_no_cotangent_of_the_sum(backend):
+    x, residual, weight = (t.requires_grad_() for t in case(backend, (2, 3)).inputs)
+    a, p = (randn(2, 3).requires_grad_() for _ in range(2))
+    y, s = add_rms_norm(x, residual, weight, backend=backend)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        grad((y, s), (x, weight), (a, p), create_graph=True)
+    assert {t.data_ptr() for t in kept if t.shape == s.shape} == {s.data_ptr(), a.data_ptr()}
 
 
 def test_primal_and_tangent_lie_together(backend):

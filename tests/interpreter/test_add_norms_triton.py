@@ -16,6 +16,7 @@ from second_order import (
 from test_add_norms import (  # noqa: F401 - run here too
     case,
     every_norm,
+    test_a_first_derivative_keeps_no_cotangent_of_the_sum,
     test_absent_cotangents_of_the_dual_form,
     test_absent_cotangents_reach_the_kernels_as_none,
     test_cotangents_given_by_the_caller_stay_theirs,
