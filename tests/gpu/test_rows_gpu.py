@@ -7,6 +7,7 @@ Errors follow the rule of tests/second_order.py: at most twice those of plain Py
 from dataclasses import replace
 
 import pytest
+import test_add_norms
 import test_gelu
 import test_layer_norm
 import test_rms_norm
@@ -28,6 +29,8 @@ CASES = {
     "rms_norm": lambda width: test_rms_norm.case("triton", (3, 67, width)),
     "layer_norm": lambda width: test_layer_norm.case("triton", (3, 67, width)),
     "layer_norm_no_bias": lambda width: test_layer_norm.case("triton", (3, 67, width), bias=False),
+    "add_rms_norm": lambda width: test_add_norms.case("triton", (3, 67, width)),
+    "add_layer_norm": lambda width: test_add_norms.case("triton", (3, 67, width), "layer"),
     "swiglu": lambda width: test_swiglu.case("triton", 3, 67, width),
     "gelu": lambda width: test_gelu.case("triton", 3, 67, width),
     "gelu_tanh": lambda width: test_gelu.case("triton", 3, 67, width, approximate="tanh"),
@@ -50,7 +53,7 @@ def test_precision(name, width, dtype):
 
 @by_dtype
 @pytest.mark.parametrize("width", [5120, 8192, 16384, 20000])
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"])
 def test_wide_rows(name, width, dtype):
     """A row is one tile, or several."""
     check_precision(on_gpu(CASES[name](width)), dtype, only_rounds=False)
@@ -68,7 +71,7 @@ def test_rotary_precision(d, rotated, tables_per_sample, dtype):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_automatic_choice(name):
-    op = CASES[name](8).name
+    op = CASES[name](8).name.removeprefix("add_")  # a norm of a sum has the norm's kernels
     assert backends.select(op, None, torch.ones(2, 8, device=DEVICE)).__name__ == f"gradmem_kernels.triton.{op}"
     double = torch.ones(2, 8, device=DEVICE, dtype=torch.float64)
     assert backends.select(op, None, double).__name__ == f"gradmem_kernels.reference.{op}"
