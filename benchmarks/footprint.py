@@ -49,7 +49,7 @@ def model_bytes(provider: Provider, shape: Shape) -> int:
                   for _ in range(1 if shape.tied else 2)]
         context = torch.empty(shape.batch, shape.context_tokens, shape.width, dtype=torch.bfloat16)
         memory = torch.empty(shape.batch, shape.memory_tokens, shape.width)
-        labels = torch.empty(shape.batch, shape.context_tokens, dtype=torch.int64)
+        labels = torch.zeros(shape.batch, shape.context_tokens, dtype=torch.int64)  # they are checked
         loss = PrefixLoss(decoder, Prefix(shape.width), context, labels, tables[-1])
     weights = sum(map(_bytes, (*decoder.parameters(), *tables)))
     # it has gradients too, of the tensors that it reads, twice if there is a second step
