@@ -17,211 +17,29 @@ key + 1). Scores are in units of log 2, since ``exp2`` is what the hardware has.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from gradmem_kernels.triton.attention_tiles import (
+    LN2,
+    LOG2E,
+    STATS,
+    bounds,
+    dot,
+    dot_if,
+    dropped,
+    load_rows,
+    product,
+    product_if,
+    random_states,
+    scores,
+    statistics_pointers,
+    store_rows,
+    tangent,
+    through_cap,
+    touches,
+    valid,
+)
 
-#: Rows of a block of row statistics, a multiple of every tile's.
-STATS = tl.constexpr(128)
 #: Arguments whose values compile no kernel of their own.
 VALUES = ("window", "first", "blocks", "seed", "threshold")
-
-
-@triton.jit
-def _load_columns(rows, column, SIZE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns ``column`` and on of a block of rows of x ``[rows, D]`` as a tile ``[SIZE, WIDTH]``.
-
-    ``rows`` is (pointer to x, its row stride, first row of the block, low, high); rows outside of ``low <= row < high``
-    read as zero.
-    """
-    p_x, stride, start, low, high = rows
-    o_r = tl.arange(0, SIZE)
-    o_d = column + tl.arange(0, WIDTH)
-    visible = ((start + o_r >= low) & (start + o_r < high))[:, None]
-    if D % WIDTH != 0:
-        visible = visible & (o_d < D)[None, :]
-    # the start in 64 bits, the rest of the offset in 32
-    p_tile = p_x + tl.cast(start, tl.int64) * stride + (o_r[:, None] * stride + o_d[None, :])
-    return tl.load(p_tile, mask=visible, other=0.0)
-
-
-@triton.jit
-def _load_rows(rows, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    return _load_columns(rows, 0, SIZE, D, DP)
-
-
-@triton.jit
-def _store_rows(rows, b_x, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    p_x, stride, start, low, high = rows
-    o_r = tl.arange(0, SIZE)
-    o_d = tl.arange(0, DP)
-    inside = ((start + o_r >= low) & (start + o_r < high))[:, None]
-    if D != DP:
-        inside = inside & (o_d < D)[None, :]
-    p_tile = p_x + tl.cast(start, tl.int64) * stride + (o_r[:, None] * stride + o_d[None, :])
-    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _p_statistics(p_stats, head, Sq, start, which: tl.constexpr, SIZE: tl.constexpr):
-    """Pointers to the ``which``-th statistic of the rows from ``start``, a multiple of ``SIZE``, on."""
-    start = tl.cast(start, tl.int32)
-    p_block = p_stats + (tl.cast(head, tl.int64) * tl.cdiv(Sq, STATS) + start // STATS) * (4 * STATS)
-    return p_block + (which * STATS + start % STATS + tl.arange(0, SIZE))
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def _dot_if(condition, a, b, acc, SOMETIMES: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + a b``; with ``SOMETIMES``, ``a b`` is known to be zero unless ``condition``."""
-    if SOMETIMES:
-        if condition:
-            acc = _dot(a, b, acc, PRECISION)
-    else:
-        acc = _dot(a, b, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _product(a, b, b_a, b_b, acc, D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + a b^T`` over the head dimension, of blocks of rows ``a``, ``b`` and their tiles.
-
-    Where tiles do not fit in registers, ``PART`` columns at a time are read again from memory.
-    """
-    if b_a.shape[1] <= PART:
-        acc = _dot(b_a, tl.trans(b_b), acc, PRECISION)
-    else:
-        for column in tl.range(0, D, PART, disable_licm=True):
-            a_part = _load_columns(a, column, b_a.shape[0], D, PART)
-            b_part = _load_columns(b, column, b_b.shape[0], D, PART)
-            acc = _dot(a_part, tl.trans(b_part), acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _product_if(condition, a, b, b_a, b_b, acc, SOMETIMES: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """:func:`_product`, known to be ``acc`` unless ``condition``."""
-    if SOMETIMES:
-        if condition:
-            acc = _product(a, b, b_a, b_b, acc, D, PART, PRECISION)
-    else:
-        acc = _product(a, b, b_a, b_b, acc, D, PART, PRECISION)
-    return acc
-
-
-@triton.jit
-def _touches(start, size, low, high):
-    """Whether a block has rows in ``low <= row < high``."""
-    return (start < high) & (start + size > low)
-
-
-@triton.jit
-def _valid(p_seqlens, batch, Sq, Sk):
-    """The numbers of valid queries and keys of a sample."""
-    if p_seqlens is None:
-        valid_q = Sq
-        valid_k = Sk
-    else:
-        valid_k = tl.load(p_seqlens + batch).to(tl.int32)
-        valid_q = tl.where(Sq == Sk, valid_k, Sq)
-    return valid_q, valid_k
-
-
-@triton.jit
-def _bounds(own, own_size, other_size, own_valid, other_valid, shift, window, p_rows, QUERIES: tl.constexpr,
-            CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """The interval ``lo <= other < hi`` that each row ``own`` sees; ``lo = other_size, hi = 0`` where that is empty.
-
-    ``own + shift`` is the row's position on the other side; packed sequences have their own interval and shift for
-    each row, in ``p_rows [3, own_size]``.
-    """
-    if p_rows is None:
-        lo = tl.zeros_like(own)
-        hi = lo + other_valid
-        position = own + shift
-    else:
-        lo = tl.load(p_rows + own, mask=own < own_size, other=0)
-        hi = tl.load(p_rows + own_size + own, mask=own < own_size, other=0)
-        position = own + tl.load(p_rows + 2 * own_size + own, mask=own < own_size, other=0)
-    if CAUSAL and QUERIES:
-        hi = tl.minimum(hi, position + 1)
-    elif WINDOW:
-        hi = tl.minimum(hi, position + window)
-    if CAUSAL and not QUERIES:
-        lo = tl.maximum(lo, position)
-    elif WINDOW:
-        lo = tl.maximum(lo, position - window + 1)
-    none = (own >= own_valid) | (lo >= hi)
-    return tl.where(none, other_size, lo), tl.where(none, 0, hi)
-
-
-@triton.jit
-def _tanh(x):
-    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    t = (1 - e) / (1 + e)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def _scores(raw, own_start, other_start, lo, hi, own_size, other_size, scale, cap, p_bias, s_bias, p_mask, s_mask,
-            OWN: tl.constexpr, OTHER: tl.constexpr, CAP: tl.constexpr):
-    """S of a tile ``[OWN, OTHER]`` in units of log 2, less infinity where hidden; and ``u = S / cap``.
-
-    ``s_bias`` and ``s_mask`` hold the strides of own and other rows.
-    """
-    u = raw
-    if CAP:
-        # S = cap * tanh(raw / cap)
-        u = _tanh(raw * (scale / cap))
-        s = u * (cap * LOG2E)
-    else:
-        s = raw * (scale * LOG2E)
-    other = other_start + tl.arange(0, OTHER)
-    if p_bias is not None or p_mask is not None:
-        o_own = tl.arange(0, OWN)[:, None]
-        o_other = tl.arange(0, OTHER)[None, :]
-        inside = (own_start + o_own < own_size) & (other_start + o_other < other_size)
-        own_start = tl.cast(own_start, tl.int64)
-        other_start = tl.cast(other_start, tl.int64)
-        if p_bias is not None:
-            p_tile = p_bias + (own_start * s_bias[0] + other_start * s_bias[1])
-            bias = tl.load(p_tile + (o_own * s_bias[0] + o_other * s_bias[1]), mask=inside, other=0.0)
-            s += bias.to(s.dtype) * LOG2E
-        if p_mask is not None:
-            p_tile = p_mask + (own_start * s_mask[0] + other_start * s_mask[1])
-            shown = tl.load(p_tile + (o_own * s_mask[0] + o_other * s_mask[1]), mask=inside, other=0)
-            s = tl.where(shown != 0, s, -float("inf"))
-    # only tiles on the border of what is visible need the comparison
-    if (other_start < tl.max(lo, 0)) | (other_start + OTHER > tl.min(hi, 0)):
-        s = tl.where((other[None, :] >= lo[:, None]) & (other[None, :] < hi[:, None]), s, -float("inf"))
-    return s, u
-
-
-@triton.jit
-def _mix(h):
-    """The finaliser of MurmurHash3."""
-    h = (h ^ (h >> 16)) * 0x85EBCA6B
-    h = (h ^ (h >> 13)) * 0xC2B2AE35
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def _row_keys(seed, head, i):
-    """The random state of each query ``i`` of a head, the ``head``-th of the batch."""
-    h = _mix(tl.cast(seed, tl.uint32, bitcast=True))
-    return _mix(_mix(h ^ tl.cast(head, tl.uint32)) ^ i.to(tl.uint32))
-
-
-@triton.jit
-def _dropped(x, row_keys, j, threshold, inverse):
-    """``Z * x``: ``x / (1 - dropout)`` where kept, 0 where dropped. ``row_keys`` and keys ``j`` broadcast to ``x``."""
-    bits = _mix(row_keys + j.to(tl.uint32) * 0x9E3779B9)
-    kept = (bits ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
-    return tl.where(kept, x * inverse, 0.0)
 
 
 @triton.jit(do_not_specialize=VALUES)
@@ -231,7 +49,7 @@ def forward_kernel(
         p_o, p_ot,  # like q; with KNOWN p_o is read
         p_lse, p_mu,  # [B, Hq, Sq]; with KNOWN p_lse is read
         p_seqlens,  # [B]
-        p_rows,  # [3, Sq], see _bounds
+        p_rows,  # [3, Sq], see bounds
         p_bias, p_mask,  # [B, Hq, Sq, Sk], broadcast by strides of 0
         s_q, s_k, s_v, s_o, s_bias, s_mask,
         Hq, Sq, Sk, group, scale, cap, window, tangent_rows, first, blocks, seed, threshold, inverse,
@@ -256,21 +74,21 @@ def forward_kernel(
     if p_mask is not None:
         p_mask += batch * s_mask[0] + h * s_mask[1]
     q = (p_q + batch * s_q[0] + h * s_q[1], s_q[2], start, 0, Sq)
-    b_q = _load_rows(q, OWN, D, DP)
-    own_t = _touches(start, OWN, tangent_rows[0], tangent_rows[1])
+    b_q = load_rows(q, OWN, D, DP)
+    own_t = touches(start, OWN, tangent_rows[0], tangent_rows[1])
     if p_qt is not None:
         qt = (p_qt + batch * s_q[0] + h * s_q[1], s_q[2], start, tangent_rows[0], tangent_rows[1])
-        b_qt = _load_rows(qt, OWN, D, DP)
+        b_qt = load_rows(qt, OWN, D, DP)
     if p_kt is not None:
         p_kt += batch * s_k[0] + h // group * s_k[1]
     if p_vt is not None:
         p_vt += batch * s_v[0] + h // group * s_v[1]
 
     i = start + tl.arange(0, OWN)
-    valid_q, valid_k = _valid(p_seqlens, batch, Sq, Sk)
-    lo, hi = _bounds(i, Sq, Sk, valid_q, valid_k, Sk - Sq, window, p_rows, True, CAUSAL, WINDOW)
+    valid_q, valid_k = valid(p_seqlens, batch, Sq, Sk)
+    lo, hi = bounds(i, Sq, Sk, valid_q, valid_k, Sk - Sq, window, p_rows, True, CAUSAL, WINDOW)
     if DROPOUT:
-        row_keys = _row_keys(seed, head, i)[:, None]
+        row_keys = random_states(seed, head, i)[:, None]
     if KNOWN:
         lse = tl.load(p_lse + i, mask=i < Sq, other=float("inf")) * LOG2E
     top = tl.full([OWN], -float("inf"), ACC)
@@ -280,11 +98,11 @@ def forward_kernel(
     acc_t = tl.zeros([OWN, DP], ACC)
     for other in tl.range(tl.min(lo, 0) // OTHER * OTHER, tl.max(hi, 0), OTHER, disable_licm=True):
         k = (p_k, s_k[2], other, 0, Sk)
-        b_k = _load_rows(k, OTHER, D, DP)
+        b_k = load_rows(k, OTHER, D, DP)
         v = (p_v, s_v[2], other, 0, Sk)
-        b_v = _load_rows(v, OTHER, D, DP)
-        raw = _product(q, k, b_q, b_k, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
-        s, u = _scores(raw, start, other, lo, hi, Sq, Sk, scale, cap, p_bias, s_bias[2:], p_mask, s_mask[2:], OWN,
+        b_v = load_rows(v, OTHER, D, DP)
+        raw = product(q, k, b_q, b_k, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
+        s, u = scores(raw, start, other, lo, hi, Sq, Sk, scale, cap, p_bias, s_bias[2:], p_mask, s_mask[2:], OWN,
                        OTHER, CAP)
         if KNOWN:
             p = tl.exp2(s - lse[:, None])
@@ -302,20 +120,20 @@ def forward_kernel(
         kept = p
         if DROPOUT:
             j = (other + tl.arange(0, OTHER))[None, :]
-            kept = _dropped(p, row_keys, j, threshold, inverse)
+            kept = dropped(p, row_keys, j, threshold, inverse)
         if not KNOWN:
-            acc = _dot(kept.to(b_v.dtype), b_v, acc, PRECISION)
+            acc = dot(kept.to(b_v.dtype), b_v, acc, PRECISION)
         if DUAL:
-            other_t = _touches(other, OTHER, tangent_rows[2], tangent_rows[3])
+            other_t = touches(other, OTHER, tangent_rows[2], tangent_rows[3])
             if p_qt is not None or p_kt is not None:
                 # S_t = scale * (q_t k^T + q k_t^T)
                 raw_t = tl.zeros([OWN, OTHER], ACC)
                 if p_qt is not None:
-                    raw_t = _product_if(own_t, qt, k, b_qt, b_k, raw_t, SOME_T, D, PART, PRECISION)
+                    raw_t = product_if(own_t, qt, k, b_qt, b_k, raw_t, SOME_T, D, PART, PRECISION)
                 if p_kt is not None:
                     kt = (p_kt, s_k[2], other, tangent_rows[2], tangent_rows[3])
-                    b_kt = _load_rows(kt, OTHER, D, DP)
-                    raw_t = _product_if(other_t, q, kt, b_q, b_kt, raw_t, SOME_T, D, PART, PRECISION)
+                    b_kt = load_rows(kt, OTHER, D, DP)
+                    raw_t = product_if(other_t, q, kt, b_q, b_kt, raw_t, SOME_T, D, PART, PRECISION)
                 s_t = raw_t * scale
                 if CAP:
                     s_t = s_t * (1 - u * u)
@@ -323,15 +141,15 @@ def forward_kernel(
                 ps = p * s_t
                 mu += tl.sum(ps, 1)
                 if DROPOUT:
-                    ps = _dropped(ps, row_keys, j, threshold, inverse)
-                acc_t = _dot_if(own_t | other_t, ps.to(b_v.dtype), b_v, acc_t, SOME_T, PRECISION)
+                    ps = dropped(ps, row_keys, j, threshold, inverse)
+                acc_t = dot_if(own_t | other_t, ps.to(b_v.dtype), b_v, acc_t, SOME_T, PRECISION)
             if p_vt is not None:
                 vt = (p_vt, s_v[2], other, tangent_rows[2], tangent_rows[3])
-                b_vt = _load_rows(vt, OTHER, D, DP)
-                acc_t = _dot_if(other_t, kept.to(b_vt.dtype), b_vt, acc_t, SOME_T, PRECISION)
+                b_vt = load_rows(vt, OTHER, D, DP)
+                acc_t = dot_if(other_t, kept.to(b_vt.dtype), b_vt, acc_t, SOME_T, PRECISION)
 
     if KNOWN:
-        b_o = _load_rows((p_o, s_o[2], start, 0, Sq), OWN, D, DP).to(ACC)
+        b_o = load_rows((p_o, s_o[2], start, 0, Sq), OWN, D, DP).to(ACC)
     else:
         none = total == 0
         total = tl.where(none, 1.0, total)
@@ -340,11 +158,11 @@ def forward_kernel(
         mu = mu * inverse_total
         acc_t = acc_t * inverse_total[:, None]
         lse = tl.where(none, float("inf"), (top + tl.log2(total)) * LN2)
-        _store_rows((p_o, s_o[2], start, 0, Sq), b_o, OWN, D, DP)
+        store_rows((p_o, s_o[2], start, 0, Sq), b_o, OWN, D, DP)
         tl.store(p_lse + i, lse, mask=i < Sq)
     if DUAL:
         b_ot = acc_t - mu[:, None] * b_o
-        _store_rows((p_ot + batch * s_o[0] + h * s_o[1], s_o[2], start, 0, Sq), b_ot, OWN, D, DP)
+        store_rows((p_ot + batch * s_o[0] + h * s_o[1], s_o[2], start, 0, Sq), b_ot, OWN, D, DP)
         tl.store(p_mu + tl.cast(head, tl.int64) * Sq + i, mu, mask=i < Sq)
 
 
@@ -366,43 +184,24 @@ def row_statistics_kernel(
     h = tl.cast(head % Hq, tl.int64)
     i = start + tl.arange(0, OWN)
     o_row = tl.cast(head, tl.int64) * Sq + i
-    p_row = _p_statistics(p_stats, head, Sq, start, 0, OWN)
+    p_row = statistics_pointers(p_stats, head, Sq, start, 0, OWN)
     lse = tl.load(p_lse + o_row, mask=i < Sq, other=float("inf"))
     tl.store(p_row, lse * LOG2E)
     o = (p_o + batch * s_o[0] + h * s_o[1], s_o[2], start, 0, Sq)
-    b_o = _load_rows(o, OWN, D, DP).to(ACC)
+    b_o = load_rows(o, OWN, D, DP).to(ACC)
     b = (p_b + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq)
-    b_b = _load_rows(b, OWN, D, DP).to(ACC)
+    b_b = load_rows(b, OWN, D, DP).to(ACC)
     tl.store(p_row + 2 * STATS, tl.sum(b_b * b_o, 1))
     if p_mu is not None:
         tl.store(p_row + STATS, tl.load(p_mu + o_row, mask=i < Sq, other=0.0))
         d_t = tl.zeros([OWN, DP], ACC)
         if p_a is not None:
             a = (p_a + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq)
-            b_a = _load_rows(a, OWN, D, DP).to(ACC)
+            b_a = load_rows(a, OWN, D, DP).to(ACC)
             d_t += b_a * b_o
         ot = (p_ot + batch * s_ot[0] + h * s_ot[1], s_ot[2], start, 0, Sq)
-        b_ot = _load_rows(ot, OWN, D, DP).to(ACC)
+        b_ot = load_rows(ot, OWN, D, DP).to(ACC)
         tl.store(p_row + 3 * STATS, tl.sum(d_t + b_b * b_ot, 1))
-
-
-@triton.jit
-def _tangent(p, u, raw_t, mu, scale, CAP: tl.constexpr):
-    """``S_t`` and ``P_t = P * (S_t - mu)``."""
-    s_t = raw_t * scale
-    if CAP:
-        s_t = s_t * (1 - u * u)
-    return s_t, p * (s_t - mu)
-
-
-@triton.jit
-def _through_cap(ds, ds_t, u, s_t, cap, HAS_ST: tl.constexpr):
-    """Cotangents of S and S_t to those of what the soft cap took: ``dS * S'`` and its tangent."""
-    slope = 1 - u * u
-    ds_t = ds_t * slope
-    if HAS_ST:
-        ds_t -= 2 / cap * u * s_t * ds
-    return ds * slope, ds_t
 
 
 @triton.jit(do_not_specialize=VALUES)
@@ -413,7 +212,7 @@ def backward_queries_kernel(
         p_dq, p_dqt,  # like q
         p_stats,  # [B, Hq, blocks, 4, STATS], see row_statistics_kernel
         p_seqlens,  # [B]
-        p_rows,  # [3, Sq], see _bounds
+        p_rows,  # [3, Sq], see bounds
         p_bias, p_mask,  # [B, Hq, Sq, Sk], broadcast by strides of 0
         s_q, s_k, s_v, s_b, s_dq, s_bias, s_mask,
         Hq, Sq, Sk, group, scale, cap, window, grad_rows, tangent_rows, first, blocks, seed, threshold, inverse,
@@ -435,23 +234,23 @@ def backward_queries_kernel(
     if p_mask is not None:
         p_mask += batch * s_mask[0] + h * s_mask[1]
     q = (p_q + batch * s_q[0] + h * s_q[1], s_q[2], start, 0, Sq)
-    b_q = _load_rows(q, OWN, D, DP)
+    b_q = load_rows(q, OWN, D, DP)
     b = (p_b + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq)
-    b_b = _load_rows(b, OWN, D, DP)
+    b_b = load_rows(b, OWN, D, DP)
     if p_a is not None:
         a = (p_a + batch * s_b[0] + h * s_b[1], s_b[2], start, 0, Sq)
-        b_a = _load_rows(a, OWN, D, DP)
-    own_t = _touches(start, OWN, tangent_rows[0], tangent_rows[1])
+        b_a = load_rows(a, OWN, D, DP)
+    own_t = touches(start, OWN, tangent_rows[0], tangent_rows[1])
     if p_qt is not None:
         qt = (p_qt + batch * s_q[0] + h * s_q[1], s_q[2], start, tangent_rows[0], tangent_rows[1])
-        b_qt = _load_rows(qt, OWN, D, DP)
+        b_qt = load_rows(qt, OWN, D, DP)
     if p_kt is not None:
         p_kt += batch * s_k[0] + h // group * s_k[1]
     if p_vt is not None:
         p_vt += batch * s_v[0] + h // group * s_v[1]
 
     i = start + tl.arange(0, OWN)
-    p_row = _p_statistics(p_stats, head, Sq, start, 0, OWN)
+    p_row = statistics_pointers(p_stats, head, Sq, start, 0, OWN)
     lse = tl.load(p_row)[:, None]
     d = tl.load(p_row + 2 * STATS)[:, None]
     HAS_ST: tl.constexpr = p_qt is not None or p_kt is not None
@@ -460,36 +259,36 @@ def backward_queries_kernel(
     if HAS_ST:
         mu = tl.load(p_row + STATS)[:, None]
     if DROPOUT:
-        row_keys = _row_keys(seed, head, i)[:, None]
-    valid_q, valid_k = _valid(p_seqlens, batch, Sq, Sk)
-    lo, hi = _bounds(i, Sq, Sk, valid_q, valid_k, Sk - Sq, window, p_rows, True, CAUSAL, WINDOW)
+        row_keys = random_states(seed, head, i)[:, None]
+    valid_q, valid_k = valid(p_seqlens, batch, Sq, Sk)
+    lo, hi = bounds(i, Sq, Sk, valid_q, valid_k, Sk - Sq, window, p_rows, True, CAUSAL, WINDOW)
     acc = tl.zeros([OWN, DP], ACC)
     acc_t = tl.zeros([OWN, DP], ACC)
     for other in tl.range(tl.min(lo, 0) // OTHER * OTHER, tl.max(hi, 0), OTHER, disable_licm=True):
         k = (p_k, s_k[2], other, 0, Sk)
-        b_k = _load_rows(k, OTHER, D, DP)
+        b_k = load_rows(k, OTHER, D, DP)
         v = (p_v, s_v[2], other, 0, Sk)
-        b_v = _load_rows(v, OTHER, D, DP)
-        other_t = _touches(other, OTHER, tangent_rows[2], tangent_rows[3])
-        raw = _product(q, k, b_q, b_k, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
-        s, u = _scores(raw, start, other, lo, hi, Sq, Sk, scale, cap, p_bias, s_bias[2:], p_mask, s_mask[2:], OWN,
+        b_v = load_rows(v, OTHER, D, DP)
+        other_t = touches(other, OTHER, tangent_rows[2], tangent_rows[3])
+        raw = product(q, k, b_q, b_k, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
+        s, u = scores(raw, start, other, lo, hi, Sq, Sk, scale, cap, p_bias, s_bias[2:], p_mask, s_mask[2:], OWN,
                        OTHER, CAP)
         p = tl.exp2(s - lse)
         s_t = p
         if HAS_ST:
             raw_t = tl.zeros([OWN, OTHER], ACC)
             if p_qt is not None:
-                raw_t = _product_if(own_t, qt, k, b_qt, b_k, raw_t, SOME_T, D, PART, PRECISION)
+                raw_t = product_if(own_t, qt, k, b_qt, b_k, raw_t, SOME_T, D, PART, PRECISION)
             if p_kt is not None:
                 kt = (p_kt, s_k[2], other, tangent_rows[2], tangent_rows[3])
-                b_kt = _load_rows(kt, OTHER, D, DP)
-                raw_t = _product_if(other_t, q, kt, b_q, b_kt, raw_t, SOME_T, D, PART, PRECISION)
-            s_t, p_t = _tangent(p, u, raw_t, mu, scale, CAP)
+                b_kt = load_rows(kt, OTHER, D, DP)
+                raw_t = product_if(other_t, q, kt, b_q, b_kt, raw_t, SOME_T, D, PART, PRECISION)
+            s_t, p_t = tangent(p, u, raw_t, mu, scale, CAP)
         # dS = P * (dP - D),  dP = b v^T
         j = (other + tl.arange(0, OTHER))[None, :]
-        dp = _product(b, v, b_b, b_v, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
+        dp = product(b, v, b_b, b_v, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
         if DROPOUT:
-            dp = _dropped(dp, row_keys, j, threshold, inverse)
+            dp = dropped(dp, row_keys, j, threshold, inverse)
         dp -= d
         ds = p * dp
         ds_t = ds
@@ -497,32 +296,32 @@ def backward_queries_kernel(
             # dS_t = P_t * (dP - D) + P * (dP_t - D_t),  dP_t = a v^T + b v_t^T
             dp_t = tl.zeros([OWN, OTHER], ACC)
             if p_a is not None:
-                dp_t = _product(a, v, b_a, b_v, dp_t, D, PART, PRECISION)
+                dp_t = product(a, v, b_a, b_v, dp_t, D, PART, PRECISION)
             if p_vt is not None:
                 vt = (p_vt, s_v[2], other, tangent_rows[2], tangent_rows[3])
-                b_vt = _load_rows(vt, OTHER, D, DP)
-                dp_t = _product_if(other_t, b, vt, b_b, b_vt, dp_t, SOME_T, D, PART, PRECISION)
+                b_vt = load_rows(vt, OTHER, D, DP)
+                dp_t = product_if(other_t, b, vt, b_b, b_vt, dp_t, SOME_T, D, PART, PRECISION)
             if DROPOUT:
-                dp_t = _dropped(dp_t, row_keys, j, threshold, inverse)
+                dp_t = dropped(dp_t, row_keys, j, threshold, inverse)
             ds_t = p * (dp_t - d_t)
             if HAS_ST:
                 ds_t += p_t * dp
         if CAP:
-            ds, ds_t = _through_cap(ds, ds_t, u, s_t, cap, HAS_ST)
+            ds, ds_t = through_cap(ds, ds_t, u, s_t, cap, HAS_ST)
         ds = ds.to(b_k.dtype)
         if p_dq is not None:
             # dq = scale * (dS_t k + dS k_t)
-            acc = _dot(ds_t.to(b_k.dtype), b_k, acc, PRECISION)
+            acc = dot(ds_t.to(b_k.dtype), b_k, acc, PRECISION)
             if p_kt is not None:
-                acc = _dot_if(other_t, ds, b_kt, acc, SOME_T, PRECISION)
+                acc = dot_if(other_t, ds, b_kt, acc, SOME_T, PRECISION)
         if p_dqt is not None:
-            acc_t = _dot(ds, b_k, acc_t, PRECISION)
+            acc_t = dot(ds, b_k, acc_t, PRECISION)
     if p_dq is not None:
         out = (p_dq + batch * s_dq[0] + h * s_dq[1], s_dq[2], start, grad_rows[0], grad_rows[1])
-        _store_rows(out, acc * scale, OWN, D, DP)
+        store_rows(out, acc * scale, OWN, D, DP)
     if p_dqt is not None:
         out = (p_dqt + batch * s_dq[0] + h * s_dq[1], s_dq[2], start, tangent_rows[0], tangent_rows[1])
-        _store_rows(out, acc_t * scale, OWN, D, DP)
+        store_rows(out, acc_t * scale, OWN, D, DP)
 
 
 @triton.jit(do_not_specialize=VALUES)
@@ -533,7 +332,7 @@ def backward_keys_kernel(
         p_dk, p_dv, p_dkt, p_dvt,  # like k
         p_stats,  # [B, Hq, blocks, 4, STATS], see row_statistics_kernel
         p_seqlens,  # [B]
-        p_rows,  # [3, Sk], see _bounds
+        p_rows,  # [3, Sk], see bounds
         p_bias, p_mask,  # [B, Hq, Sq, Sk], broadcast by strides of 0
         s_q, s_k, s_v, s_b, s_dk, s_dv, s_bias, s_mask,
         Hq, Sq, Sk, group, scale, cap, window, grad_rows, tangent_rows, first, blocks, seed, threshold, inverse,
@@ -550,20 +349,20 @@ def backward_keys_kernel(
     batch = tl.cast(kv_head // kv_heads, tl.int64)
     kv_h = tl.cast(kv_head % kv_heads, tl.int64)
     k = (p_k + batch * s_k[0] + kv_h * s_k[1], s_k[2], start, 0, Sk)
-    b_k = _load_rows(k, OWN, D, DP)
+    b_k = load_rows(k, OWN, D, DP)
     v = (p_v + batch * s_v[0] + kv_h * s_v[1], s_v[2], start, 0, Sk)
-    b_v = _load_rows(v, OWN, D, DP)
-    own_t = _touches(start, OWN, tangent_rows[2], tangent_rows[3])
+    b_v = load_rows(v, OWN, D, DP)
+    own_t = touches(start, OWN, tangent_rows[2], tangent_rows[3])
     if p_kt is not None:
         kt = (p_kt + batch * s_k[0] + kv_h * s_k[1], s_k[2], start, tangent_rows[2], tangent_rows[3])
-        b_kt = _load_rows(kt, OWN, D, DP)
+        b_kt = load_rows(kt, OWN, D, DP)
     if p_vt is not None:
         vt = (p_vt + batch * s_v[0] + kv_h * s_v[1], s_v[2], start, tangent_rows[2], tangent_rows[3])
-        b_vt = _load_rows(vt, OWN, D, DP)
+        b_vt = load_rows(vt, OWN, D, DP)
     HAS_ST: tl.constexpr = p_qt is not None or p_kt is not None
     o_j = start + tl.arange(0, OWN)
-    valid_q, valid_k = _valid(p_seqlens, batch, Sq, Sk)
-    lo, hi = _bounds(o_j, Sk, Sq, valid_k, valid_q, Sq - Sk, window, p_rows, False, CAUSAL, WINDOW)
+    valid_q, valid_k = valid(p_seqlens, batch, Sq, Sk)
+    lo, hi = bounds(o_j, Sk, Sq, valid_k, valid_q, Sq - Sk, window, p_rows, False, CAUSAL, WINDOW)
     j = o_j[:, None]
     dk = tl.zeros([OWN, DP], ACC)
     dv = tl.zeros([OWN, DP], ACC)
@@ -574,59 +373,59 @@ def backward_keys_kernel(
         head = batch * Hq + h
         for other in tl.range(tl.min(lo, 0) // OTHER * OTHER, tl.max(hi, 0), OTHER, disable_licm=True):
             q = (p_q + batch * s_q[0] + h * s_q[1], s_q[2], other, 0, Sq)
-            b_q = _load_rows(q, OTHER, D, DP)
+            b_q = load_rows(q, OTHER, D, DP)
             b = (p_b + batch * s_b[0] + h * s_b[1], s_b[2], other, 0, Sq)
-            b_b = _load_rows(b, OTHER, D, DP)
-            other_t = _touches(other, OTHER, tangent_rows[0], tangent_rows[1])
+            b_b = load_rows(b, OTHER, D, DP)
+            other_t = touches(other, OTHER, tangent_rows[0], tangent_rows[1])
             i = other + tl.arange(0, OTHER)
-            p_row = _p_statistics(p_stats, head, Sq, other, 0, OTHER)
+            p_row = statistics_pointers(p_stats, head, Sq, other, 0, OTHER)
             lse = tl.load(p_row)[None, :]
-            raw = _product(k, q, b_k, b_q, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
+            raw = product(k, q, b_k, b_q, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
             p_bias_h = p_bias
             p_mask_h = p_mask
             if p_bias is not None:
                 p_bias_h = p_bias + batch * s_bias[0] + h * s_bias[1]
             if p_mask is not None:
                 p_mask_h = p_mask + batch * s_mask[0] + h * s_mask[1]
-            s, u = _scores(raw, start, other, lo, hi, Sk, Sq, scale, cap, p_bias_h, (s_bias[3], s_bias[2]), p_mask_h,
+            s, u = scores(raw, start, other, lo, hi, Sk, Sq, scale, cap, p_bias_h, (s_bias[3], s_bias[2]), p_mask_h,
                            (s_mask[3], s_mask[2]), OWN, OTHER, CAP)
             p = tl.exp2(s - lse)
             kept = p
             if DROPOUT:
-                row_keys = _row_keys(seed, head, i)[None, :]
-                kept = _dropped(p, row_keys, j, threshold, inverse)
+                row_keys = random_states(seed, head, i)[None, :]
+                kept = dropped(p, row_keys, j, threshold, inverse)
             kept = kept.to(b_q.dtype)
             s_t = p
             if p_qt is not None:
                 qt = (p_qt + batch * s_q[0] + h * s_q[1], s_q[2], other, tangent_rows[0], tangent_rows[1])
-                b_qt = _load_rows(qt, OTHER, D, DP)
+                b_qt = load_rows(qt, OTHER, D, DP)
             if HAS_ST:
                 raw_t = tl.zeros([OWN, OTHER], ACC)
                 if p_qt is not None:
-                    raw_t = _product_if(other_t, k, qt, b_k, b_qt, raw_t, SOME_T, D, PART, PRECISION)
+                    raw_t = product_if(other_t, k, qt, b_k, b_qt, raw_t, SOME_T, D, PART, PRECISION)
                 if p_kt is not None:
-                    raw_t = _product_if(own_t, kt, q, b_kt, b_q, raw_t, SOME_T, D, PART, PRECISION)
+                    raw_t = product_if(own_t, kt, q, b_kt, b_q, raw_t, SOME_T, D, PART, PRECISION)
                 mu = tl.load(p_row + STATS)[None, :]
-                s_t, p_t = _tangent(p, u, raw_t, mu, scale, CAP)
+                s_t, p_t = tangent(p, u, raw_t, mu, scale, CAP)
             if p_a is not None:
                 a = (p_a + batch * s_b[0] + h * s_b[1], s_b[2], other, 0, Sq)
-                b_a = _load_rows(a, OTHER, D, DP)
+                b_a = load_rows(a, OTHER, D, DP)
             if p_dvt is not None:
-                dv_t = _dot(kept, b_b, dv_t, PRECISION)
+                dv_t = dot(kept, b_b, dv_t, PRECISION)
             if p_dv is not None:
                 # dv = P_t^T b + P^T a
                 if p_a is not None:
-                    dv = _dot(kept, b_a, dv, PRECISION)
+                    dv = dot(kept, b_a, dv, PRECISION)
                 if HAS_ST:
                     kept_t = p_t
                     if DROPOUT:
-                        kept_t = _dropped(p_t, row_keys, j, threshold, inverse)
-                    dv = _dot(kept_t.to(b_q.dtype), b_b, dv, PRECISION)
+                        kept_t = dropped(p_t, row_keys, j, threshold, inverse)
+                    dv = dot(kept_t.to(b_q.dtype), b_b, dv, PRECISION)
             if p_dk is not None or p_dkt is not None:
                 # dS = P * (dP - D),  dP = b v^T
-                dp = _product(v, b, b_v, b_b, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
+                dp = product(v, b, b_v, b_b, tl.zeros([OWN, OTHER], ACC), D, PART, PRECISION)
                 if DROPOUT:
-                    dp = _dropped(dp, row_keys, j, threshold, inverse)
+                    dp = dropped(dp, row_keys, j, threshold, inverse)
                 dp -= tl.load(p_row + 2 * STATS)[None, :]
                 ds = p * dp
                 ds_t = ds
@@ -634,33 +433,33 @@ def backward_keys_kernel(
                     # dS_t = P_t * (dP - D) + P * (dP_t - D_t),  dP_t = a v^T + b v_t^T
                     dp_t = tl.zeros([OWN, OTHER], ACC)
                     if p_a is not None:
-                        dp_t = _product(v, a, b_v, b_a, dp_t, D, PART, PRECISION)
+                        dp_t = product(v, a, b_v, b_a, dp_t, D, PART, PRECISION)
                     if p_vt is not None:
-                        dp_t = _product_if(own_t, vt, b, b_vt, b_b, dp_t, SOME_T, D, PART, PRECISION)
+                        dp_t = product_if(own_t, vt, b, b_vt, b_b, dp_t, SOME_T, D, PART, PRECISION)
                     if DROPOUT:
-                        dp_t = _dropped(dp_t, row_keys, j, threshold, inverse)
+                        dp_t = dropped(dp_t, row_keys, j, threshold, inverse)
                     ds_t = p * (dp_t - tl.load(p_row + 3 * STATS)[None, :])
                     if HAS_ST:
                         ds_t += p_t * dp
                 if CAP:
-                    ds, ds_t = _through_cap(ds, ds_t, u, s_t, cap, HAS_ST)
+                    ds, ds_t = through_cap(ds, ds_t, u, s_t, cap, HAS_ST)
                 ds = ds.to(b_q.dtype)
                 if p_dkt is not None:
-                    dk_t = _dot(ds, b_q, dk_t, PRECISION)
+                    dk_t = dot(ds, b_q, dk_t, PRECISION)
                 if p_dk is not None:
                     # dk = scale * (dS_t^T q + dS^T q_t)
                     if p_qt is not None:
-                        dk = _dot_if(other_t, ds, b_qt, dk, SOME_T, PRECISION)
-                    dk = _dot(ds_t.to(b_q.dtype), b_q, dk, PRECISION)
+                        dk = dot_if(other_t, ds, b_qt, dk, SOME_T, PRECISION)
+                    dk = dot(ds_t.to(b_q.dtype), b_q, dk, PRECISION)
     if p_dk is not None:
         out = (p_dk + batch * s_dk[0] + kv_h * s_dk[1], s_dk[2], start, grad_rows[2], grad_rows[3])
-        _store_rows(out, dk * scale, OWN, D, DP)
+        store_rows(out, dk * scale, OWN, D, DP)
     if p_dv is not None:
         out = (p_dv + batch * s_dv[0] + kv_h * s_dv[1], s_dv[2], start, grad_rows[2], grad_rows[3])
-        _store_rows(out, dv, OWN, D, DP)
+        store_rows(out, dv, OWN, D, DP)
     if p_dkt is not None:
         out = (p_dkt + batch * s_dk[0] + kv_h * s_dk[1], s_dk[2], start, tangent_rows[2], tangent_rows[3])
-        _store_rows(out, dk_t * scale, OWN, D, DP)
+        store_rows(out, dk_t * scale, OWN, D, DP)
     if p_dvt is not None:
         out = (p_dvt + batch * s_dv[0] + kv_h * s_dv[1], s_dv[2], start, tangent_rows[2], tangent_rows[3])
-        _store_rows(out, dv_t, OWN, D, DP)
+        store_rows(out, dv_t, OWN, D, DP)
