@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradmem_kernels.triton import attention_kernels as kernels
 from gradmem_kernels.triton.attention_configs import HEAD_DIMS, Config, choose, dtype_class
+from gradmem_kernels.triton.attention_tiles import STATS
 from gradmem_kernels.triton.common import (
     accumulator,
     architecture,
@@ -132,9 +133,9 @@ class _Call:
                        mu: Tensor | None) -> Tensor:
         """What the backward kernels read of each row; with ``mu``, for the cotangents of the primals too."""
         batch, heads, rows, _ = self.q.shape
-        blocks = triton.cdiv(rows, kernels.STATS.value)
-        stats = lse.new_empty(batch, heads, blocks, 4, kernels.STATS.value)
-        grid = (blocks * (kernels.STATS.value // _STATISTICS_ROWS) * heads * batch,)
+        blocks = triton.cdiv(rows, STATS.value)
+        stats = lse.new_empty(batch, heads, blocks, 4, STATS.value)
+        grid = (blocks * (STATS.value // _STATISTICS_ROWS) * heads * batch,)
         if grid[0] > 0:
             o, o_t = rows_dense(o), rows_dense(o_t)
             with on_device(self.q):
