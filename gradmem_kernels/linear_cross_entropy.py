@@ -99,9 +99,9 @@ def linear_cross_entropy_dual(hidden: Tensor, weight: Tensor, labels: Tensor, hi
     ``hidden_t`` has the shape and dtype of ``hidden``; ``None`` is a known zero. ``loss_bar`` and ``loss_t_bar``, each
     ``[B]`` of the loss's dtype, announce the cotangents of both outputs, ``None`` beside a given one being a zero: all
     cotangents of ``sum(loss_bar * loss + loss_t_bar * loss_t)`` are then computed along with the outputs. Those that
-    arrive in the backward pass may together turn out multiplied by one number; any others raise on a CPU and under
-    ``GRADMEM_DEBUG=1``, and give NaN gradients elsewhere. Other arguments and errors as for
-    :func:`linear_cross_entropy`; a second derivative raises ``HigherOrderError``.
+    arrive in the backward pass may together turn out multiplied by one number, where weight and bias are frozen by one
+    for each sample; any others raise on a CPU and under ``GRADMEM_DEBUG=1``, and give NaN gradients elsewhere. Other
+    arguments and errors as for :func:`linear_cross_entropy`; a second derivative raises ``HigherOrderError``.
     """
     check = _check("linear_cross_entropy_dual", hidden, weight, labels, bias, ignore_index, max_counted)
     check.tangent("hidden_t", hidden_t, hidden)

@@ -31,7 +31,7 @@ def backward(x, aux, y, saved, y_bar, needs, *, early=NO, **options):
     if early[0] and needs[0]:
         known[0] = known[0] * wide(y_bar[0])[:, None, None]
     if needs[1:] != rest[1:]:
-        known[1:] = _scaled(known[1:], y_bar, aux[1:2])
+        known[1:] = _scaled(known[1:], _factor(y_bar, aux[1:2], by_sample=False))
     x_bar = _backward_sweep(lse, None, x, NONE, aux[0], *y_bar, None, rest, NO, **options)
     return _select(x, known, x_bar[:3], needs)
 
@@ -49,7 +49,12 @@ def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *,
     needs = needs + needs_t
     known, rest = _by_flags(known, early), _less(needs, early)
     if needs != rest:
-        known = _scaled(known, y_bar + y_t_bar, aux[1:])
+        bars = y_bar + y_t_bar, aux[1:]
+        # rows know their own sample's cotangents only, sums over rows those of all samples
+        if needs[::3] != rest[::3]:
+            known[::3] = _scaled(known[::3], _factor(*bars, by_sample=True).view(-1, 1, 1))
+        if needs[1:3] != rest[1:3]:
+            known[1:3] = _scaled(known[1:3], _factor(*bars, by_sample=False))
     if y_t_bar[0] is None or not any(rest[:3]):
         x_t = NONE
     bars = _backward_sweep(lse, mu, x, x_t, aux[0], *y_bar, *y_t_bar, rest[:3], rest[3:], **options)
@@ -332,22 +337,27 @@ def _mean(row: Tensor | None, shares: Tensor) -> Tensor | None:
     return (row.view(shares.shape).masked_fill(shares == 0, 0) * shares.to(row.dtype)).sum(-1)
 
 
-def _scaled(known: Sequence[Tensor | None], actual: Tensors, announced: Tensors) -> list[Tensor | None]:
-    """Cotangents for those that were announced, as those for the actual ones.
+def _factor(actual: Tensors, announced: Tensors, *, by_sample: bool) -> Tensor:
+    """What announced cotangents ``[B]`` were multiplied by, for all samples or each by itself, to be the actual ones.
 
-    They are linear in them, so a common factor is all that the two may differ by. Where looking costs no wait, anything
-    else raises, and elsewhere the result is NaN.
+    What was made of them is linear in them, so that is all that the two may differ by. Where looking costs no wait,
+    anything else raises, and elsewhere the result is NaN.
     """
     zero = torch.zeros_like(next(g for g in announced if g is not None))
-    y, a = (torch.cat([zero if g is None else g for g in bars]) for bars in (actual, announced))
-    unit = a / a.abs().sum(-1, keepdim=True)
-    factor = ((y * unit).sum(-1) / (a * unit).sum(-1)).masked_fill((a == 0).all(-1), 0)
-    wrong = ((y - factor * a).abs() > 16 * torch.finfo(a.dtype).eps * y.abs()).any(-1)
-    if not is_wrapped(wrong) and check_values(wrong) and bool(wrong):
+    y, a = (torch.stack([zero if g is None else g for g in bars]) for bars in (actual, announced))
+    dims = (0,) if by_sample else (0, 1)
+    unit = a / a.abs().sum(dims, keepdim=True)
+    factor = (y * unit).sum(dims, keepdim=True) / (a * unit).sum(dims, keepdim=True)
+    factor = factor.masked_fill((a == 0).all(dims, keepdim=True), 0)
+    wrong = ((y - factor * a).abs() > 16 * torch.finfo(a.dtype).eps * y.abs()).any(dims)
+    if not is_wrapped(wrong) and check_values(wrong) and bool(wrong.any()):
         Checker("linear_cross_entropy").fail(
-            "loss_bar", f"in the backward pass the announced cotangents, {a.tolist()}, or a multiple of them",
-            y.tolist(), "announce those that will arrive, or none")
-    factor = factor.masked_fill(wrong, torch.nan)
+            "loss_bar", f"in the backward pass the announced cotangents, {a.flatten().tolist()}, or a multiple of them",
+            y.flatten().tolist(), "announce those that will arrive, or none")
+    return factor.sum(dims).masked_fill(wrong, torch.nan)
+
+
+def _scaled(known: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
     return [None if g is None else g * factor for g in known]
 
 
