@@ -93,19 +93,39 @@ def test_a_constant_context_asks_for_no_gradient_of_its_rows(second: bool, monke
 
 @pytest.mark.parametrize("recompute", ["none", "step", "layer"])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_write_projects_the_context_once(recompute: str, trained: bool) -> None:
+def test_write_projects_the_context_once(recompute: str, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, prefix = make(LLAMA).requires_grad_(trained), Prefix(8, dtype=F64)
     table, memory = randn(5, 8), randn(2, PREFIX, 8)
     labels = torch.randint(5, (2, CONTEXT + 1))
     rows: list[int] = []
-    hook = decoder.layers[0].self_attn["k_proj"].register_forward_hook(
-        lambda module, args, out: rows.append(args[0].numel() // (2 * 8)))
+    run = nn.Linear.forward
+
+    def record(module: nn.Linear, x: Tensor) -> Tensor:
+        if module is decoder.layers[0].self_attn["k_proj"]:
+            rows.append(x.numel() // (2 * 8))
+        return run(module, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", record)
     loss = PrefixLoss(decoder, prefix, table[labels].detach(), labels, table.detach())
     out = write(loss, memory, steps=3, lr=0.1, recompute=recompute)
     out.memory.square().sum().backward()
-    hook.remove()
     assert rows.count(CONTEXT) == 1
     assert set(rows) == ({CONTEXT, PREFIX} if recompute == "none" else {CONTEXT, PREFIX, 2 * PREFIX})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("hook", [lambda *args: args[-1] + 1, lambda *args: args[-1] * 2], ids=["adds", "scales"])
+def test_hooks_of_linear_layers_take_part(hook: Any, bias: bool) -> None:
+    """In the dual form as in the plain one."""
+    decoder = make(DecoderConfig(8, 2, 2, 7, mlp_bias=bias))
+    decoder.layers[0].mlp["up_proj"].register_forward_hook(hook)
+    decoder.layers[1].mlp["down_proj"].register_forward_pre_hook(lambda module, args: (hook(args[0]),))
+    ids, table = torch.randint(5, (2, CONTEXT)), randn(5, 8).detach()
+    memory = randn(2, PREFIX, 8)
+    found = [gradients(write(PrefixLoss(decoder, Prefix(8, dtype=F64), table[ids], ids, table), memory, steps=2, lr=0.5,
+                             recompute=mode).memory.square().sum(), (memory,)) for mode in ("step", "layer", "none")]
+    close(found[0], found[2])
+    close(found[1], found[2])
 
 
 def test_a_loss_may_outlive_a_change_of_the_parameters() -> None:

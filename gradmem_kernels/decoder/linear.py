@@ -16,8 +16,9 @@ __all__ = ["linear_dual"]
 def linear_dual(linear: nn.Module, x: Tensor) -> Tensor:
     """A linear layer on stacked primal and tangent ``[2, ...]``: one product; a bias enters the primal half only.
 
-    ``linear`` is an ``nn.Linear`` or a ``Conv1D`` of transformers. Any other module, such as an adapter around one, is
-    run as it is, in forward mode: no bias is added to the tangent and taken off again, which would round it away.
+    ``linear`` is an ``nn.Linear`` or a ``Conv1D`` of transformers, without forward hooks. Any other module, such as an
+    adapter around one, is run as it is, in forward mode: no bias is added to the tangent and taken off again, which
+    would round it away.
 
     Raises:
         ArgumentError: if such a module drops anything: the plain form will have dropped something else.
@@ -33,8 +34,10 @@ def linear_dual(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """The weight, ``[out, in]``, and bias of a plain linear layer; a subclass may compute something else."""
+    """The weight, ``[out, in]``, and bias of a plain linear layer; subclasses and hooks may do something else."""
     kind = type(linear)
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return None, None
     if kind is nn.Linear:
         return cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
