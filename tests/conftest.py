@@ -8,6 +8,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from gradmem_kernels import backend as backends
 
@@ -45,6 +46,7 @@ def _seed() -> None:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised floating point memory holds NaN: a kernel that leaves an element unwritten is found out."""
+    _device_constructors()  # what torch.device(...) acts on is found once: before these are replaced
 
     def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
