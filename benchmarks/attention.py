@@ -35,6 +35,7 @@ from benchmarks.harness import (
     gate,
     interleave_prepared,
     mebibytes,
+    old_objects_aside,
     quantiles,
     wall_clock,
 )
@@ -111,6 +112,7 @@ def run(options: Options) -> Report:
     return Report(rows, refused)
 
 
+@old_objects_aside()
 def measure(part: Part, shape: Shape, options: Options) -> tuple[list[Row], list[str]]:
     """One shape: every provider in every mode is checked, then those that are right are timed, interleaved."""
     device = torch.device(options.device).type
