@@ -128,8 +128,13 @@ def test_a_second_interrupt_is_not_held_back(experiment: Experiment, tmp_path: P
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(experiment, tmp_path).run(twice)
+    # what Python starts with, unless a shell runs it in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(experiment, tmp_path).run(twice)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_training_in_another_thread(experiment: Experiment, tmp_path: Path) -> None:
