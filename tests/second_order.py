@@ -261,6 +261,10 @@ def check_precision(case: Case, dtype: torch.dtype, only_rounds: bool = True) ->
     """
     narrow = case.to(dtype)
     exact = narrow.to(torch.float64)
+    try:
+        narrow.run_op(*narrow.inputs)
+    except backends.BackendError as refusal:
+        pytest.skip(str(refusal))
     a, u = narrow.cotangent(), _random_likes(narrow.inputs)
 
     def results(c: Case, op: Callable[..., Tensor], dual: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

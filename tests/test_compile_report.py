@@ -153,12 +153,13 @@ def launches(monkeypatch, dtype, apart):
     q, k = torch.zeros(1, 4, 64, 64, dtype=dtype), torch.zeros(1, 2, 64, 64, dtype=dtype)
     lse = torch.zeros(1, 4, 64)
     aux, options = (None,) * 5, (True, 0.125, None, None, 0.0, 0, None, None)
-    every, none = (True,) * 3, (False,) * 3
+    every, none, no_tangents = (True,) * 3, (False,) * 3, (None,) * 3
     with override(**dict.fromkeys(KERNELS, CONFIG._replace(apart=apart))):
-        attention._forward_launch(q, k, k, None, None, None, None, None, *aux, *options)
-        attention._forward_launch(q, k, k, q, k, k, None, None, *aux, *options)
-        attention._backward_launch(q, k, k, None, None, None, q, None, lse, None, None, q, *aux, none, every, *options)
-        attention._backward_launch(q, k, k, q, k, k, q, q, lse, lse, q, q, *aux, every, every, *options)
+        ops = torch.ops.gradmem
+        ops.triton_attention_forward(q, k, k, None, None, None, None, None, *aux, *options)
+        ops.triton_attention_forward(q, k, k, q, k, k, None, None, *aux, *options)
+        ops.triton_attention_backward(q, k, k, *no_tangents, q, None, lse, None, None, q, none, every, *aux, *options)
+        ops.triton_attention_backward(q, k, k, q, k, k, q, q, lse, lse, q, q, every, every, *aux, *options)
     names = ["forward", "dual_forward", "first-order statistics", "backward_queries", "backward_keys",
              "row_statistics", "dual_backward_queries", "dual_backward_keys", "backward_keys"]
     assert len(recorded) == len(names) - (not apart)

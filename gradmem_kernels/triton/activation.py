@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 
+from gradmem_kernels.operators.define import define
+from gradmem_kernels.operators.rows import flat_or_rows, mapped_over_rows, parts, stacked
 from gradmem_kernels.triton import activation_kernels as kernels
-from gradmem_kernels.triton.common import accumulator, define, on_device
-from gradmem_kernels.triton.rows import flat_or_rows, mapped_over_rows, parts, stacked
+from gradmem_kernels.triton.common import accumulator, on_device
 
 #: Elements and warps of a program: a thread has 16 bytes of each half-precision tensor, the widest access.
 BLOCK, WARPS = 1024, 4

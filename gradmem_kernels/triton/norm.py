@@ -14,9 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
+from gradmem_kernels.operators.define import define
+from gradmem_kernels.operators.rows import as_rows, mapped_over_rows, parts, stacked
 from gradmem_kernels.triton import norm_kernels as kernels
-from gradmem_kernels.triton.common import accumulator, define, on_device
-from gradmem_kernels.triton.rows import as_rows, mapped_over_rows, parts, stacked
+from gradmem_kernels.triton.common import accumulator, on_device
 
 NONE, NEITHER = (None,) * 3, (False,) * 3
 

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradmem_kernels.triton.common import accumulator, define, like, on_device, rows_dense, strides
+from gradmem_kernels.operators.define import define, like, rows_dense, strides
+from gradmem_kernels.operators.rows import mapped_first
+from gradmem_kernels.triton.common import accumulator, on_device
 from gradmem_kernels.triton.common import refusal as refusal_of
-from gradmem_kernels.triton.rows import mapped_first
 
 #: Pairs of channels of a tile, and the heads that a program turns by one reading of the tables.
 PAIRS, HEADS, WARPS = 1024, 4, 4

@@ -222,17 +222,18 @@ def test_opcheck(order):
     q, k, v = (t.detach() for t in case("triton", heads=(2, 1), lengths=(3, 3)).inputs)
     x_t, aux = (q + 1, k + 1, None), (None,) * 5
     options = (True, 0.5, None, 0.9, 0.0, 0, None, None)
-    (o, o_t), lse, mu = torch.ops.gradmem.attention_forward(q, k, v, *x_t, None, None, *aux, *options)
+    ops = torch.ops.gradmem
+    (o, o_t), lse, mu = ops.triton_attention_forward(q, k, v, *x_t, None, None, *aux, *options)
     forward = {"forward": ((None,) * 3, None, None), "dual_forward": (x_t, None, None), "known": (x_t, o, lse)}
     if order in forward:
         tangents, *known = forward[order]
-        torch.library.opcheck(torch.ops.gradmem.attention_forward.default, (q, k, v, *tangents, *known, *aux, *options))
+        torch.library.opcheck(ops.triton_attention_forward.default, (q, k, v, *tangents, *known, *aux, *options))
         return
     dual = order == "dual_backward"
     torch.library.opcheck(
-        torch.ops.gradmem.attention_backward.default,
+        ops.triton_attention_backward.default,
         (q, k, v, *(x_t if dual else (None,) * 3), o, o_t if dual else None, lse, mu if dual else None, None, o + 1,
-         *aux, [dual] * 3, [True, True, not dual], *options))
+         [dual] * 3, [True, True, not dual], *aux, *options))
 
 
 def test_saved_rows_serve_the_reference():

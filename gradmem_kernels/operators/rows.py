@@ -1,4 +1,4 @@
-"""What Triton ops on rows share: tensors ``[..., D]`` whose rows, or elements, do not know of each other.
+"""What ops on rows share: tensors ``[..., D]`` whose rows, or elements, do not know of each other.
 
 An operator allocates results of one shape together, so that a primal and its tangent are halves of one tensor.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradmem_kernels.triton.common import one_by_one, rows_dense
+from gradmem_kernels.operators.define import one_by_one, rows_dense
 
 __all__ = ["as_rows", "flat_or_rows", "mapped_first", "mapped_over_rows", "parts", "stacked"]
 

@@ -1,0 +1,1 @@
+"""Kernels of csrc: C++ on a CPU."""
