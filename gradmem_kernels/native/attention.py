@@ -13,6 +13,9 @@ from gradmem_kernels.native.common import refusal as refusal_of
 from gradmem_kernels.operators.attention import Attention, Backward, Forward, Settings, packed_rows
 from gradmem_kernels.operators.define import rows_dense
 
+#: Not PyTorch's fused attention (docs/attention.md has the measurements).
+FASTEST_FIRST_ORDER = True
+
 
 def refusal(q: Tensor | None = None, *_: Tensor | None) -> str | None:
     """Why these kernels cannot serve such tensors; ``None`` if they can."""

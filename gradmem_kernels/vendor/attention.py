@@ -127,7 +127,8 @@ VENDORS: Mapping[str, Vendor] = {
 #: What ``first_order`` takes.
 CHOICES = ("own", *VENDORS)
 
-#: For each type of device the vendor of the automatic choice, where it serves (docs/attention.md has the measurements).
+#: For each type of device the vendor of the automatic choice, where it serves and the backend is not faster itself
+#: (docs/attention.md has the measurements).
 DEFAULTS: Mapping[str, str] = {"cpu": "cpu_flash", "cuda": "flash"}
 
 
@@ -138,6 +139,7 @@ def choose(name: str | None, kernels: Kernels, x: tuple[Tensor, Tensor, Tensor],
     Raises:
         BackendError: if the vendor asked for cannot serve the call, with the reason.
     """
+    automatic = automatic and not getattr(kernels, "FASTEST_FIRST_ORDER", False)
     vendor = name or (DEFAULTS.get(x[0].device.type, "own") if automatic else "own")
     if vendor == "own":
         return kernels
