@@ -140,31 +140,33 @@ def _norm(mode: str, x: Tensor, centred: bool) -> None:
     other, frozen = x if "add" in kinds else None, "frozen" in kinds
     if order.endswith("forward"):
         x_t, other_t = (x, other) if order == "dual_forward" else (None, None)
-        norm._forward_launch(x, weight, bias, x_t, None, None, other, other_t, 1e-6, centred)
+        norm.operators.run_forward(x, weight, bias, x_t, None, None, other, other_t, 1e-6, centred)
         return
     x_t = None if order == "backward" else x
     weight_t, bias_t = (weight, bias) if order == "double_backward" else (None, None)
     # in a plain backward the cotangents are in the place of those of the tangents
     sums = [not frozen, not frozen and centred]
-    norm._backward_launch(x, weight, x_t, weight_t, bias_t, rows, mean, x if order == "dual_backward" else None, x,
-                          other, other, (order != "backward", order != "double_backward"), order == "double_backward",
-                          [False, False, *sums] if order == "backward" else [*sums, False, False])
+    norm.operators.run_backward(
+        x, weight, x_t, weight_t, bias_t, rows, mean, x if order == "dual_backward" else None, x, other, other,
+        (order != "backward", order != "double_backward"), order == "double_backward",
+        [False, False, *sums] if order == "backward" else [*sums, False, False])
 
 
 def _activation(mode: str, x: Tensor, form: str, gated: bool) -> None:
     up, none = x if gated else None, (False, False)
     x_t, up_t = (x, up) if mode not in ("forward", "backward") else (None, None)
     if mode.endswith("forward"):
-        activations._forward_launch(x, up, x_t, up_t, form)
+        activations.operators.run_forward(x, up, x_t, up_t, form)
         return
     every = (True, gated)
-    activations._backward_launch(
+    activations.operators.run_backward(
         x, up, x_t, up_t, x if mode == "dual_backward" else None, x, none if mode == "backward" else every,
         none if mode == "double_backward" else every, mode == "double_backward", form)
 
 
 def _rotary(mode: str, x: Tensor, rotated: int) -> None:
-    rotary._launch(x.view(2, 32, 128, -1), *x.new_empty(2, 128, rotated // 2, dtype=torch.float32).unbind(0), False)
+    tables = x.new_empty(2, 128, rotated // 2, dtype=torch.float32)
+    rotary.operators.run(x.view(2, 32, 128, -1), *tables.unbind(0), False)
 
 
 #: Widths where a tile holds rows, where a row is a tile, and where it is several.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from gradmem_kernels.triton import activation
+from gradmem_kernels.operators.activation import GELU
+from gradmem_kernels.triton.activation import operators
 from gradmem_kernels.triton.common import refusal as refusal_of
-
-FORMS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def refusal(x=None):
@@ -13,25 +12,7 @@ def refusal(x=None):
     return refusal_of(x)
 
 
-def forward(x, aux, *, approximate):
-    return (activation.forward((*x, None), FORMS[approximate]),), ()
-
-
-def backward(x, aux, y, saved, y_bar, needs, *, approximate):
-    return activation.backward((*x, None), *y_bar, (*needs, False), FORMS[approximate])[:1]
-
-
-def dual_forward(x, aux, x_t, *, approximate):
-    y, y_t = activation.dual_forward((*x, None), (*x_t, None), FORMS[approximate])
-    return (y,), (y_t,), ()
-
-
-def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, approximate):
-    x_bar, x_t_bar = activation.dual_backward((*x, None), (*x_t, None), *y_bar, *y_t_bar, (*needs, False),
-                                              (*needs_t, False), FORMS[approximate])
-    return x_bar[:1], x_t_bar[:1]
-
-
-def double_backward(x, aux, x_t, y, saved, y_bar, needs, *, approximate):
-    x_bar, y_t = activation.double_backward((*x, None), (*x_t, None), *y_bar, (*needs, False), FORMS[approximate])
-    return x_bar[:1], (y_t,)
+_kernels = GELU(operators)
+forward, backward = _kernels.forward, _kernels.backward
+dual_forward, dual_backward = _kernels.dual_forward, _kernels.dual_backward
+double_backward = _kernels.double_backward

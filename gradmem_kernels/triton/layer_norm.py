@@ -5,8 +5,9 @@ Derivation: docs/layer_norm.md.
 
 from __future__ import annotations
 
-from gradmem_kernels.triton import norm
+from gradmem_kernels.operators.norm import LayerNorm
 from gradmem_kernels.triton.common import refusal as refusal_of
+from gradmem_kernels.triton.norm import operators
 
 
 def refusal(x=None, weight=None, bias=None):
@@ -14,21 +15,7 @@ def refusal(x=None, weight=None, bias=None):
     return refusal_of(x)
 
 
-def forward(x, aux, *, eps, residual=None):
-    return norm.forward(x, residual, eps=eps, centred=True)
-
-
-def backward(x, aux, y, saved, y_bar, needs, *, eps):
-    return norm.backward(x, saved, y_bar, needs)
-
-
-def dual_forward(x, aux, x_t, *, eps, residual=None, residual_t=None):
-    return norm.dual_forward(x, x_t, residual, residual_t, eps=eps, centred=True)
-
-
-def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, eps):
-    return norm.dual_backward(x, x_t, saved, y_bar, y_t_bar, needs, needs_t)
-
-
-def double_backward(x, aux, x_t, y, saved, y_bar, needs, *, eps):
-    return norm.double_backward(x, x_t, saved, y_bar, needs)
+_kernels = LayerNorm(operators)
+forward, backward = _kernels.forward, _kernels.backward
+dual_forward, dual_backward = _kernels.dual_forward, _kernels.dual_backward
+double_backward = _kernels.double_backward

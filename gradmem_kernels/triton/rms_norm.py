@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gradmem_kernels.triton import norm
+from gradmem_kernels.operators.norm import RMSNorm
 from gradmem_kernels.triton.common import refusal as refusal_of
+from gradmem_kernels.triton.norm import operators
 
 
 def refusal(x=None, weight=None):
@@ -11,24 +12,7 @@ def refusal(x=None, weight=None):
     return refusal_of(x)
 
 
-def forward(x, aux, *, eps, residual=None):
-    return norm.forward((*x, None), residual, eps=eps, centred=False)
-
-
-def backward(x, aux, y, saved, y_bar, needs, *, eps):
-    return norm.backward((*x, None), saved, y_bar, (*needs, False))[:2]
-
-
-def dual_forward(x, aux, x_t, *, eps, residual=None, residual_t=None):
-    return norm.dual_forward((*x, None), (*x_t, None), residual, residual_t, eps=eps, centred=False)
-
-
-def dual_backward(x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t, *, eps):
-    x_bar, x_t_bar = norm.dual_backward((*x, None), (*x_t, None), saved, y_bar, y_t_bar, (*needs, False),
-                                        (*needs_t, False))
-    return x_bar[:2], x_t_bar[:2]
-
-
-def double_backward(x, aux, x_t, y, saved, y_bar, needs, *, eps):
-    x_bar, y_t = norm.double_backward((*x, None), (*x_t, None), saved, y_bar, (*needs, False))
-    return x_bar[:2], y_t
+_kernels = RMSNorm(operators)
+forward, backward = _kernels.forward, _kernels.backward
+dual_forward, dual_backward = _kernels.dual_forward, _kernels.dual_backward
+double_backward = _kernels.double_backward

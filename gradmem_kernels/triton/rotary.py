@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from gradmem_kernels.operators.define import define, like, rows_dense, strides
-from gradmem_kernels.operators.rows import mapped_first
+from gradmem_kernels.operators.define import strides
+from gradmem_kernels.operators.rotary import Rotary, table_strides
 from gradmem_kernels.triton.common import accumulator, on_device
 from gradmem_kernels.triton.common import refusal as refusal_of
 
@@ -21,14 +20,6 @@ PAIRS, HEADS, WARPS = 1024, 4, 4
 def refusal(x=None):
     """Why this kernel cannot serve such tensors; ``None`` if it can."""
     return refusal_of(x)
-
-
-def forward(x, cos, sin):
-    return _rotary(x, cos, sin, False)
-
-
-def transpose(y_bar, cos, sin):
-    return _rotary(y_bar, cos, sin, True)
 
 
 @triton.jit
@@ -77,39 +68,18 @@ def rotary_kernel(
             _store(p_to + 2 * HALF, s_y[2], row, length, o_rest, rest, REST)
 
 
-def _launch(x, cos, sin, transposed):
-    y, x = like(x), rows_dense(x)
+def _launch(x, cos, sin, y, transposed):
     batch, heads, length, d = x.shape
     half = cos.shape[-1]
     pairs, rest = (triton.next_power_of_2(max(1, size)) for size in (half, d - 2 * half))
     rows = max(1, PAIRS // max(pairs, rest // 2))
-    cos, sin = rows_dense(cos), rows_dense(sin)
     grid = batch * triton.cdiv(heads, HEADS) * triton.cdiv(length, rows)
-    if x.numel() > 0:
-        with on_device(x):
-            rotary_kernel[grid,](
-                x, y, cos, sin, strides(x), strides(y), _table_strides(cos), _table_strides(sin), heads, length,
-                HALF=half, HALF_P=pairs, REST=d - 2 * half, REST_P=rest, TRANSPOSED=transposed, ROWS=rows, HEADS=HEADS,
-                ACC=accumulator(x.dtype), num_warps=WARPS)
-    return y
+    with on_device(x):
+        rotary_kernel[grid,](
+            x, y, cos, sin, strides(x), strides(y), table_strides(cos), table_strides(sin), heads, length,
+            HALF=half, HALF_P=pairs, REST=d - 2 * half, REST_P=rest, TRANSPOSED=transposed, ROWS=rows, HEADS=HEADS,
+            ACC=accumulator(x.dtype), num_warps=WARPS)
 
 
-def _table_strides(table: Tensor) -> tuple[int, int]:
-    return (table.stride(0) if table.dim() == 3 else 0, table.stride(-2))
-
-
-def _mapped(op, size, in_dims, arguments):
-    """A rule for vmap: the mapped dimension becomes a part of the batch. Tables stay shared if they may."""
-    x, cos, sin, transposed = arguments.values()
-    x = mapped_first(x, in_dims[0], size)
-    tables = cos, sin
-    if any(isinstance(d, int) for d in in_dims[1:3]) or cos.dim() == 3:
-        tables = [mapped_first(t, d, size) for t, d in zip(tables, in_dims[1:3], strict=True)]
-        # [size, S, r/2] or [size, B, S, r/2]
-        tables = [t.unsqueeze(1) if t.dim() == 3 else t for t in tables]
-        tables = [t.expand(size, x.shape[1], *t.shape[2:]).flatten(0, 1) for t in tables]
-    return op(x.flatten(0, 1), *tables, transposed).unflatten(0, (size, x.shape[1])), 0
-
-
-_rotary = define("rotary", "(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Tensor", _launch,
-                 lambda x, cos, sin, transposed: like(x), mapped=_mapped)
+operators = Rotary("triton", _launch)
+forward, transpose = operators.forward, operators.transpose

@@ -75,7 +75,7 @@ def test_absent_tangents(present, backend):
     u = [torch.randn_like(t) if flag else None for t, flag in zip(one.inputs, present, strict=True)]
     x, residual, weight = one.inputs
     kernels = {"residual": residual, "residual_t": u[1]}
-    (y, s), (y_t, s_t), _ = norm.dual_forward((x, weight, None), (u[0], u[2], None), **kernels, eps=1e-5,
+    (y, s), (y_t, s_t), _ = norm.operators.dual_forward((x, weight, None), (u[0], u[2], None), **kernels, eps=1e-5,
                                               centred=False)
     zeros = tuple(torch.zeros_like(t) if d is None else d for t, d in zip(one.inputs, u, strict=True))
     expected = torch.func.jvp(one.run_plain, one.inputs, zeros)
@@ -106,9 +106,9 @@ def test_opcheck(order):
     w, rstd, dual = torch.randn(3), torch.rand(2, 1), order.startswith("dual")
     if order.endswith("forward"):
         arguments = (x, w, None, x_t if dual else None, None, None, r, r_t if dual else None, 1e-5, False)
-        torch.library.opcheck(torch.ops.gradmem.norm_forward.default, arguments)
+        torch.library.opcheck(torch.ops.gradmem.triton_norm_forward.default, arguments)
         return
     torch.library.opcheck(
-        torch.ops.gradmem.norm_backward.default,
+        torch.ops.gradmem.triton_norm_backward.default,
         (x, w, x_t if dual else None, None, None, rstd, None, a if dual else None, b, g if dual else None, h,
          [dual, True], False, [dual, False, not dual, False]))

@@ -76,8 +76,8 @@ def test_a_weight_s_tangents(tiled, backend):
     leaves = [t.clone().requires_grad_() for t in (*x, *u)]
     outputs = torch.func.jvp(one.plain, tuple(leaves[:3]), tuple(leaves[3:]))
     expected = torch.autograd.grad(outputs, leaves, (a, b))
-    (y,), (y_t,), saved = norm.dual_forward(x, u, None, None, eps=1e-5, centred=True)
-    x_bar, x_t_bar = norm.dual_backward(x, u, saved, (a,), (b,), (True,) * 3, (True,) * 3)
+    (y,), (y_t,), saved = norm.operators.dual_forward(x, u, None, None, eps=1e-5, centred=True)
+    x_bar, x_t_bar = norm.operators.dual_backward(x, u, saved, (a,), (b,), (True,) * 3, (True,) * 3)
     names = ("y", "y_t", "dx", "dw", "dc", "dx_t", "dw_t", "dc_t")
     assert_close(dict(zip(names, (y, y_t, *x_bar, *x_t_bar), strict=True)),
                  dict(zip(names, (*(t.detach() for t in outputs), *expected), strict=True)))
@@ -199,11 +199,12 @@ def test_opcheck(order):
     (x, x_t, a, b), (w, w_t, c, c_t) = torch.randn(4, 2, 3).unbind(0), torch.randn(4, 3).unbind(0)
     if order.endswith("forward"):
         tangents = (x_t, w_t, None) if order == "dual_forward" else (None,) * 3
-        torch.library.opcheck(torch.ops.gradmem.norm_forward.default, (x, w, c, *tangents, None, None, 1e-5, True))
+        torch.library.opcheck(torch.ops.gradmem.triton_norm_forward.default,
+                              (x, w, c, *tangents, None, None, 1e-5, True))
         return
     rstd, mean = torch.rand(2, 2, 1).unbind(0)
     dual = order != "backward"
     torch.library.opcheck(
-        torch.ops.gradmem.norm_backward.default,
+        torch.ops.gradmem.triton_norm_backward.default,
         (x, w, *((x_t, w_t, c_t) if dual else (None,) * 3), rstd, mean, a if order == "dual_backward" else None, b,
          None, None, [dual, order == "dual_backward"], order == "double_backward", [dual, dual, not dual, not dual]))

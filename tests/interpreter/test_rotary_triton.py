@@ -112,7 +112,7 @@ def test_mapped_tables(in_dims, tables_per_sample, backend):
 def test_opcheck(transposed):
     """Schema, fake kernel and dispatch of the operator are right."""
     x, tables = torch.randn(2, 3, 2, 5), torch.randn(2, 3, 2)
-    torch.library.opcheck(torch.ops.gradmem.rotary.default, (x.transpose(1, 2), *tables.unbind(0), transposed))
+    torch.library.opcheck(torch.ops.gradmem.triton_rotary.default, (x.transpose(1, 2), *tables.unbind(0), transposed))
 
 
 def test_bfloat16_is_refused_in_the_interpreter():

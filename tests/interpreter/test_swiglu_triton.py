@@ -109,10 +109,10 @@ def test_opcheck(order):
     gate, up, gate_t, up_t, a, b = torch.randn(6, 2, 3).unbind(0)
     if order.endswith("forward"):
         tangents = (gate_t, None) if order == "dual_forward" else (None, None)
-        torch.library.opcheck(torch.ops.gradmem.activation_forward.default, (gate, up, *tangents, "silu"))
+        torch.library.opcheck(torch.ops.gradmem.triton_activation_forward.default, (gate, up, *tangents, "silu"))
         return
     dual = order != "backward"
     torch.library.opcheck(
-        torch.ops.gradmem.activation_backward.default,
+        torch.ops.gradmem.triton_activation_backward.default,
         (gate, up, *((gate_t, up_t) if dual else (None, None)), a if order == "dual_backward" else None, b,
          [dual, dual], [order != "double_backward", False], order == "double_backward", "silu"))
