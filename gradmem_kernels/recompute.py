@@ -14,6 +14,8 @@ __all__ = ["RECOMPUTE", "free_memory", "resolve_recompute"]
 RECOMPUTE = ("none", "step", "layer")
 #: Of the free memory, what WRITE may fill: the rest is for what its footprint leaves out.
 SHARE = 0.7
+#: Where control groups version 2 tell of the limits of a container.
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def resolve_recompute(loss_fn: Any, *memory: Tensor, steps: int) -> str:
@@ -52,10 +54,9 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _below_limit() -> list[int]:
-    """What is left of the limit of the container, where that is one of control groups version 2."""
-    folder = Path("/sys/fs/cgroup")
+    """What is left of the limit of the container, if there is one."""
     try:
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = ((CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
         return []
     return [] if limit == "max" else [max(0, int(limit) - int(used))]

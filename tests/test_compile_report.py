@@ -143,7 +143,7 @@ class Recorder:
         return launch
 
 
-def launches(monkeypatch, dtype, apart):
+def launches(monkeypatch, dtype, config):
     """The arguments of all launches of a complete first-order and second-order call, by the name of the launch."""
     recorded = []
     functions = {launch.function.__name__: launch.function for launch in report.LAUNCHES.values()}
@@ -154,7 +154,7 @@ def launches(monkeypatch, dtype, apart):
     lse = torch.zeros(1, 4, 64)
     aux, options = (None,) * 5, (True, 0.125, None, None, 0.0, 0, None, None)
     every, none, no_tangents = (True,) * 3, (False,) * 3, (None,) * 3
-    with override(**dict.fromkeys(KERNELS, CONFIG._replace(apart=apart))):
+    with override(**dict.fromkeys(KERNELS, config)):
         ops = torch.ops.gradmem
         ops.triton_attention_forward(q, k, k, None, None, None, None, None, *aux, *options)
         ops.triton_attention_forward(q, k, k, q, k, k, None, None, *aux, *options)
@@ -162,19 +162,20 @@ def launches(monkeypatch, dtype, apart):
         ops.triton_attention_backward(q, k, k, q, k, k, q, q, lse, lse, q, q, every, every, *aux, *options)
     names = ["forward", "dual_forward", "first-order statistics", "backward_queries", "backward_keys",
              "row_statistics", "dual_backward_queries", "dual_backward_keys", "backward_keys"]
-    assert len(recorded) == len(names) - (not apart)
+    assert len(recorded) == len(names) - (not config.apart)
     return dict(zip(names, recorded, strict=False))
 
 
 @needs_compiler
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("apart", "part"), [(False, None), (True, 32)])
 @pytest.mark.parametrize(("dtype", "precision", "dtype_class"), [
     (torch.bfloat16, "highest", "half"), (torch.float32, "high", "tf32"), (torch.float32, "highest", "float32")])
-def test_builds_are_what_attention_launches(dtype, precision, dtype_class, apart, monkeypatch):
+def test_builds_are_what_attention_launches(dtype, precision, dtype_class, apart, part, monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    found = launches(monkeypatch, dtype, apart)
+    launched = CONFIG._replace(apart=apart, part=part)
+    found = launches(monkeypatch, dtype, launched)
     for kernel in report.LAUNCHES:
-        config = report.STATISTICS if kernel == "row_statistics" else CONFIG._replace(apart=apart)
+        config = report.STATISTICS if kernel == "row_statistics" else launched
         built = report.source(report._build(Key(kernel, dtype_class, 64, "sm_90"), config))
         function, arguments = found[kernel]
         assert built.fn is function

@@ -322,10 +322,25 @@ def test_a_bias_does_not_round_the_tangent_of_an_adapted_layer() -> None:
     torch.testing.assert_close(linear_dual(linear, x)[1], expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_dropout_in_training_is_refused(family: str) -> None:
-    fields = ({"attn_pdrop": 0.0, "resid_pdrop": 0.1, "embd_pdrop": 0.2} if family == "gpt2" else
-              {"hidden_dropout": 0.1, "attention_dropout": 0.2})
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_of_linear_is_run_as_it_is() -> None:
+    from gradmem_kernels.decoder import linear_dual
+
+    linear, x = Doubled(8, 5).double(), torch.randn(2, 3, 8, dtype=F64)
+    assert_same([linear_dual(linear, x)], [torch.stack([linear(x[0]), 2 * x[1] @ linear.weight.T])])
+
+
+@pytest.mark.parametrize(("family", "fields"), [
+    ("gpt2", {"attn_pdrop": 0.3, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.1, "embd_pdrop": 0.2}),
+    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.2}),
+    ("gpt_neox", {"attention_dropout": 0.2, "hidden_dropout": 0.1}),
+    ("gpt_neox", {"attention_dropout": 0.0, "hidden_dropout": 0.1})])
+def test_dropout_in_training_is_refused(family: str, fields: dict[str, float]) -> None:
     config = CONFIGS[family]()
     for name, value in fields.items():
         setattr(config, name, value)
@@ -335,7 +350,7 @@ def test_dropout_in_training_is_refused(family: str) -> None:
     model.train()
     named = ", ".join(f"{name}={value}" for name, value in fields.items() if value)
     for call in (decoder, lambda x: decoder.dual(x, x), lambda x: decoder.prefill(x, decoder.new_cache(B, S))):
-        with pytest.raises(ArgumentError, match=f"training: expected .*eval mode.*, got .*{named.split(', ')[0]}"):
+        with pytest.raises(ArgumentError, match=f"training: expected .*eval mode.*, got .*{named}"):
             call(x)
     model.eval()
     assert torch.equal(decoder(x), expected)

@@ -99,6 +99,29 @@ def test_free_memory() -> None:
     assert free_memory(torch.device("meta")) is None
 
 
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is known under Linux only")
+@pytest.mark.parametrize(("limit", "used", "free"), [("5000", "2000", 3000), ("2000", "5000", 0), ("max", "2000", None),
+                                                     (None, None, None)])
+def test_free_memory_of_a_container(limit: str | None, used: str | None, free: int | None, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("memory.max", limit), ("memory.current", used)):
+        if value is not None:
+            (tmp_path / name).write_text(f"{value}\n")
+    monkeypatch.setattr(recompute, "CONTROL_GROUP", tmp_path)
+    found = free_memory(torch.device("cpu"))
+    assert found is not None
+    assert found == free if free is not None else found > 2**20
+
+
+@pytest.mark.parametrize("mode", ["none", "step"])
+def test_footprint_of_qk_norm(mode: str) -> None:
+    """What it adds is there."""
+    sizes = [(loss.footprint(memory, steps=2, recompute=mode), peak(loss, memory, wanted, 2, mode))
+             for loss, memory, wanted in (case(4, 160, True, qk_norm=norm) for norm in (True, False))]
+    (estimate, alive), (plain_estimate, plain_alive) = sizes
+    assert 0.5 < (estimate - plain_estimate) / (alive - plain_alive) < 1.5
+
+
 def test_unknown_modes_are_refused() -> None:
     loss, memory, _ = case(1, 4, False)
     with pytest.raises(ArgumentError, match="recompute: expected one of none, step, layer, auto, got 'some'"):

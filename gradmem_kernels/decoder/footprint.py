@@ -31,11 +31,12 @@ def footprint(config: DecoderConfig, recompute: str, *, batch: int, prefix_rows:
     # what a layer keeps: inputs of the norms and of qk_norm, of attention with its output, of the activation; and of
     # the products with trained weights
     streams = width if config.parallel_residual else 2 * width
-    operands = streams + 2 * (query + key) + gates + (query + key if config.qk_norm else 0)
+    normed = query + key if config.qk_norm else 0
+    operands = streams + 2 * (query + key) + gates + normed
     products = (2 * width + inner) if trained else 0
     dual = 2 * (operands + products + (query if trained else 0))
     # reverse over reverse keeps the cotangents too: of norms, attention and activation, and of trained products
-    both = operands + products + 4 * width + query + inner + (query + 2 * key + gates if trained else 0)
+    both = operands + products + 4 * width + normed + query + inner + (query + 2 * key + gates if trained else 0)
     cotangents = gates + inner + 2 * width  # inside the layer that a backward pass is in
 
     shared = context_rows * batch * (width + query + 2 * key) * (2 if trained else 1)

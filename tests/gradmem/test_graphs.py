@@ -269,6 +269,11 @@ def other_rate(_: Any, optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[0]["lr"] = 0.1
 
 
+def other_moments(_: Any, optimizer: torch.optim.Optimizer) -> None:
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
 def other_decay(_: Any, optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[0]["weight_decay"] = 0.5
 
@@ -276,6 +281,7 @@ def other_decay(_: Any, optimizer: torch.optim.Optimizer) -> None:
 @pytest.mark.parametrize(("change", "name"), [
     (changed_data, "memory_init"), (replaced, "backbone.lm_head.weight"), (frozen, "memory_init"),
     (reloaded, "lr of the optimizer's group 0"), (other_rate, "lr of the optimizer's group 0"),
+    (other_moments, "exp_avg of parameter 0 in the optimizer's group 0"),
     (other_decay, "weight_decay of the optimizer's group 0"),
 ])
 def test_what_a_graph_holds_must_stay(make_model: MakeModel, change: Callable[..., None], name: str) -> None:
@@ -287,6 +293,23 @@ def test_what_a_graph_holds_must_stay(make_model: MakeModel, change: Callable[..
     change(model, optimizer)
     with pytest.raises(GraphError, match=rf"GraphedStep: {name} was replaced or changed after the capture"):
         step(make_batch())
+
+
+def test_what_chooses_kernels_has_a_bucket_of_its_own(make_model: MakeModel) -> None:
+    model = make_model()
+    step = GraphedStep(model, make_optimizer(model), warmup=1, capture=TapeCapture())
+    step(make_batch())
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.use_deterministic_algorithms(True)
+        step(make_batch())
+        assert len(step.graphed) == 2
+        torch.set_float32_matmul_precision("high" if before != "high" else "highest")
+        step(make_batch())
+        assert len(step.graphed) == 3
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_model_on_the_cpu_is_refused(make_model: MakeModel) -> None:
