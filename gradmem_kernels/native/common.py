@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from gradmem_kernels.native import build_info
 
 __all__ = ["DTYPES", "address", "cpu", "refusal", "view"]
 
@@ -17,8 +18,9 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
 
 def refusal(like: Tensor | None) -> str | None:
     """Why native kernels cannot serve tensors like this one; ``None`` if they can."""
-    if importlib.util.find_spec("gradmem_kernels.native._cpu") is None:
-        return "this installation has no compiled kernels (gradmem doctor says why)"
+    missing = build_info.missing("_cpu")
+    if missing is not None:
+        return missing
     if like is None:
         return None
     if like.device.type != "cpu":
