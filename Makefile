@@ -22,13 +22,18 @@ TUNE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What the compiled kernels are made of, and where: setup.py's folder, so that what did not change is not compiled again.
+SOURCES := CMakeLists.txt $(wildcard csrc/common/* csrc/cpu/* csrc/cuda/*)
+NATIVE = build/native-$(shell $(BIN)/python -c 'import sys, sysconfig; \
+  print(sys.implementation.cache_tag, sysconfig.get_platform(), sep="-")')
 GPU_PYTHON := $(or $(WITH),$(BIN)/python)
 GPU_READY := $(if $(WITH),,$(INSTALLED))
 # The oldest Triton that pyproject.toml allows, installed beside the environment's own.
 OLD_TRITON := $(VENV)/triton-3.6.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench compile-report gpu-attention gpu-write gpu-again tune clean
+.PHONY: help demo test test-native test-wheel sanitize lint bench compile-report gpu-attention gpu-write gpu-again tune \
+  clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
@@ -37,11 +42,19 @@ help: ## this list
 demo: $(INSTALLED) ## train a small GradMem, write a context into a memory, answer from the memory alone (runs/demo)
 	$(BIN)/gradmem demo
 
-test: $(INSTALLED) ## all tests, those of Triton kernels in its interpreter
+test: test-native ## all tests, those of Triton kernels in its interpreter
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then set -x; \
 	  TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/interpreter; \
 	else echo 'Triton has no wheel for this platform: its kernels are not tested'; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+test-native: $(INSTALLED) ## the tests in C++
+	@if test -f $(NATIVE)/build.ninja; then set -ex; $(BIN)/cmake --build $(NATIVE) --target cpu_tests; \
+	  $(BIN)/ctest --test-dir $(NATIVE) --output-on-failure; \
+	else echo 'nothing was compiled here: no tests in C++ (gradmem doctor says why)'; fi
+
+test-wheel: $(INSTALLED) ## builds a wheel from a source distribution, in isolation, and runs it elsewhere
+	GRADMEM_TEST_WHEEL=1 $(BIN)/python -m pytest -q tests/test_wheel.py
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
@@ -95,6 +108,7 @@ build/gpu/%: $(GPU_READY)
 
 clean: ## remove the environment, caches and build products; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f gradmem_kernels/native/_*.so gradmem_kernels/native/build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -107,9 +121,10 @@ $(BIN)/python:
 
 # Another torch comes first, so that the second line finds it installed; alone, because such an index holds other
 # versions of its dependencies than constraints.txt.
-$(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES) | $(BIN)/python
 	$(if $(TORCH_INDEX_URL),$(BIN)/pip install --no-deps -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt 'setuptools>=77' cmake ninja pybind11
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(OLD_TRITON)/.installed: | $(INSTALLED)
