@@ -24,15 +24,20 @@ struct type_caster<gradmem::View<N>> {
   }
 };
 
-template <>
-struct type_caster<gradmem::Dtype> {
-  PYBIND11_TYPE_CASTER(gradmem::Dtype, const_name("int"));
+template <class E>
+struct code_caster {
+  PYBIND11_TYPE_CASTER(E, const_name("int"));
 
   bool load(handle source, bool) {
-    value = gradmem::Dtype(source.cast<int>());
+    value = E(source.cast<int>());
     return true;
   }
 };
+
+template <>
+struct type_caster<gradmem::Dtype> : code_caster<gradmem::Dtype> {};
+template <>
+struct type_caster<gradmem::Form> : code_caster<gradmem::Form> {};
 
 }  // namespace pybind11::detail
 
@@ -44,8 +49,9 @@ namespace py = pybind11;
 struct Kernels {
   const char* isa;
   bool runs;  // whether this machine has it
-  void (*attention_forward)(const AttentionForward&);
-  void (*attention_backward)(const AttentionBackward&);
+#define GRADMEM_FIELD(kernel, Arguments) void (*kernel)(const Arguments&);
+  GRADMEM_EACH_KERNEL(GRADMEM_FIELD)
+#undef GRADMEM_FIELD
 };
 
 // Those that were chosen.
@@ -81,5 +87,6 @@ inline void read(const py::dict& arguments, const char* name, Index (&range)[2])
 #define GRADMEM_READ(field) read(arguments, #field, c.field);
 
 void bind_attention(py::module_& module);
+void bind_rows(py::module_& module);
 
 }  // namespace gradmem

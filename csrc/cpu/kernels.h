@@ -1,16 +1,31 @@
 // The kernels, compiled once for each instruction set: what module.cpp chooses from.
 #pragma once
 
+#include "activation.h"
 #include "attention.h"
+#include "norm.h"
+#include "rotary.h"
 
-#define GRADMEM_KERNELS(isa)                        \
-  namespace isa {                                   \
-  void attention_forward(const AttentionForward&);  \
-  void attention_backward(const AttentionBackward&); \
-  }
+// Each kernel, and its arguments.
+#define GRADMEM_EACH_KERNEL(F)              \
+  F(attention_forward, AttentionForward)    \
+  F(attention_backward, AttentionBackward)  \
+  F(norm_forward, NormForward)              \
+  F(norm_backward, NormBackward)            \
+  F(activation_forward, ActivationForward)  \
+  F(activation_backward, ActivationBackward) \
+  F(rotary, Rotary)
 
 namespace gradmem {
-GRADMEM_KERNELS(baseline)
-GRADMEM_KERNELS(avx2)
-GRADMEM_KERNELS(avx512)
+#define GRADMEM_DECLARE(kernel, Arguments) void kernel(const Arguments&);
+namespace baseline {
+GRADMEM_EACH_KERNEL(GRADMEM_DECLARE)
+}
+namespace avx2 {
+GRADMEM_EACH_KERNEL(GRADMEM_DECLARE)
+}
+namespace avx512 {
+GRADMEM_EACH_KERNEL(GRADMEM_DECLARE)
+}
+#undef GRADMEM_DECLARE
 }  // namespace gradmem

@@ -6,19 +6,31 @@
 #include "bind.h"
 
 namespace gradmem {
-namespace {
 
-#define GRADMEM_TABLE(isa, runs) Kernels{#isa, runs, isa::attention_forward, isa::attention_backward}
+#define GRADMEM_ADDRESS(kernel, Arguments) , kernel
+#define GRADMEM_TABLE(isa)                                          \
+  namespace isa {                                                   \
+  static Kernels table(bool runs) {                                 \
+    return {#isa, runs GRADMEM_EACH_KERNEL(GRADMEM_ADDRESS)};       \
+  }                                                                 \
+  }
+#ifdef GRADMEM_X86
+GRADMEM_TABLE(avx512)
+GRADMEM_TABLE(avx2)
+#endif
+GRADMEM_TABLE(baseline)
+
+namespace {
 
 // Best first.
 const std::vector<Kernels>& tables() {
   static const std::vector<Kernels> all = {
 #ifdef GRADMEM_X86
-      GRADMEM_TABLE(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
-      GRADMEM_TABLE(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+      avx512::table(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+      avx2::table(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
 #endif
-      GRADMEM_TABLE(baseline, true)};
+      baseline::table(true)};
   return all;
 }
 
@@ -55,4 +67,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("instruction_set", [] { return gradmem::kernels().isa; }, "The one that kernels run on.");
   module.def("use", &gradmem::use, "Has kernels run on another instruction set; for the whole process.");
   gradmem::bind_attention(module);
+  gradmem::bind_rows(module);
 }

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/value.h"
+
 namespace gradmem {
 namespace {
 
@@ -146,6 +148,17 @@ inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> y = -m / (m + T(2));
   return x == x ? (x < T(0) ? -y : y) : x;
 }
+
+// Vectors as values of the shared rules.
+template <class T>
+struct VectorMath {
+  using Number = T;
+  static Vec<T> exp(Vec<T> x) { return gradmem::exp<T>(x); }
+};
+template <>
+struct Math<Vec<float>> : VectorMath<float> {};
+template <>
+struct Math<Vec<double>> : VectorMath<double> {};
 
 }  // namespace
 }  // namespace gradmem
