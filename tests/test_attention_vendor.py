@@ -19,6 +19,7 @@ from test_attention import case
 from gradmem_kernels import backend as backends
 from gradmem_kernels.attention import attention
 from gradmem_kernels.backend import BackendError, use_backend
+from gradmem_kernels.native.common import refusal as native_refusal
 from gradmem_kernels.reference import attention as reference
 from gradmem_kernels.vendor import attention as vendor
 
@@ -87,7 +88,8 @@ def test_saved_rows_are_those_of_the_backends():
     assert lse_of_vendor.is_contiguous()
 
 
-def test_the_automatic_choice(vendor_calls):
+def test_the_automatic_choice(vendor_calls, monkeypatch):
+    monkeypatch.setattr(backends, "BACKENDS", ("triton", "reference"))
     x = vendor_case(heads=(2, 2)).inputs
     attention(*x)
     assert vendor_calls["forward"] == 1, "no vendor although no backend was asked for"
@@ -99,6 +101,15 @@ def test_the_automatic_choice(vendor_calls):
     assert vendor_calls["forward"] == 1, "a vendor although a backend was asked for by name, or it cannot serve"
     attention(*x, backend="reference", first_order="cpu_flash")
     assert vendor_calls["forward"] == 2
+
+
+@pytest.mark.skipif(native_refusal(None) is not None, reason=str(native_refusal(None)))
+def test_a_faster_backend_runs_its_own_first_order(vendor_calls):
+    x = vendor_case(heads=(2, 2)).inputs
+    attention(*x)
+    assert vendor_calls["forward"] == 0
+    attention(*x, first_order="cpu_flash")
+    assert vendor_calls["forward"] == 1
 
 
 def test_mapped_tensors_go_to_the_backend(vendor_calls):
