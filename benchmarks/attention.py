@@ -70,6 +70,7 @@ CUDA = {
 }
 CPU = {
     "small": Part(_SINGLE, [Shape(2, 4, 4, s, d) for s in (256, 1024) for d in (32, 64)]),
+    "paper": Part(_SINGLE, [Shape(2, 4, 4, 2056, 32), Shape(64, 4, 4, 120, 32)]),
     "memory": Part(_SINGLE, [Shape(1, 1, 1, 2**k, 32) for k in range(10, 14)], ("double_backward",), timed=False),
 }
 QUICK = {

@@ -203,6 +203,7 @@ PROVIDERS = (
     EAGER,
     Provider("gradmem", _gradmem, MODES),
     Provider("gradmem-own", partial(_gradmem, first_order="own"), FIRST_ORDER),
+    Provider("gradmem-native", partial(_gradmem, backend="native", first_order="own"), MODES),
     Provider("gradmem-triton", partial(_gradmem, backend="triton", first_order="own"), MODES),
     Provider("flash", partial(_sdpa, (SDPBackend.FLASH_ATTENTION,)), FIRST_ORDER),
     Provider("cudnn", partial(_sdpa, (SDPBackend.CUDNN_ATTENTION,)), FIRST_ORDER),

@@ -297,6 +297,7 @@ EAGER = Provider("eager", partial(by_autograd, "plain"))
 PROVIDERS = (
     EAGER,
     Provider("gradmem-reference", partial(by_kernels, "reference", False)),
+    Provider("gradmem-native", partial(by_kernels, "native", False)),
     Provider("gradmem-triton", partial(by_kernels, "triton", False)),
     Provider("reference-compiled", partial(by_kernels, "reference", True)),
     Provider("pytorch", partial(by_autograd, "vendor")),
