@@ -33,6 +33,9 @@ def as_rows(*tensors: Tensor | None) -> tuple[int, list[Tensor | None], list[tup
     The tensors have one shape ``[..., D]``; ``None`` stays. They are copied where their rows are not dense, or lie so
     that two strides cannot tell where.
     """
+    if all(t is None or t.is_contiguous() for t in tensors):
+        shape = next(t for t in tensors if t is not None).shape
+        return max(1, shape[:-1].numel()), list(tensors), [(0, 0 if t is None else shape[-1]) for t in tensors]
     given = [t for t in map(rows_dense, tensors) if t is not None]
     shape = given[0].shape[:-1]
     for cut in range(max(1, len(shape))):
