@@ -124,6 +124,9 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES) | $(BIN)/python
 	$(if $(TORCH_INDEX_URL),$(BIN)/pip install --no-deps -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
 	$(BIN)/pip install -c constraints.txt 'setuptools>=77' cmake ninja pybind11
+	@# of what kernels for CUDA need only headers are used: none of its dependencies
+	needed=$$($(BIN)/python -c 'import setuptools.build_meta as build; print(*build.get_requires_for_build_wheel())' \
+	  | tail -n 1); test -z "$$needed" || $(BIN)/pip install -c constraints.txt --no-deps "$$needed"
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 

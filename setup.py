@@ -138,7 +138,7 @@ def _architectures(nvcc: str, toolkit: str) -> list[str]:
 
 
 def cuda_sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu*"))
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def needs_cutlass() -> bool:
@@ -206,9 +206,10 @@ class BuildExt(build_ext):
 
     def _cmake(self, folder: Path) -> None:
         cmake, ninja, pybind11 = tools()
-        settings = {"source": str(ROOT), "nvcc": cuda().nvcc, **{name: os.environ.get(name) for name in FRESH_FOR}}
         settings_file = folder / "settings.json"
-        known = settings_file.is_file() and json.loads(settings_file.read_text()) == settings
+        before = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+        settings = {"source": str(ROOT), "nvcc": cuda().nvcc or before.get("nvcc"),
+                    **{name: os.environ.get(name) for name in FRESH_FOR}}
         options = {"CMAKE_MAKE_PROGRAM": ninja, "pybind11_DIR": pybind11, "Python_EXECUTABLE": sys.executable,
                    "GRADMEM_CUDA": "OFF" if cuda().reason else "ON"}
         if not cuda().reason:
@@ -216,13 +217,14 @@ class BuildExt(build_ext):
             options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(cuda().architectures)
         if needs_cutlass():
             options["CUTLASS_INCLUDE"] = cutlass_include()
+        fresh = [] if before == settings else ["--fresh"]
         jobs = os.environ.get("MAX_JOBS") or str(self.parallel or "")
         if jobs and not re.fullmatch("[1-9][0-9]*", jobs):
             stop(f"MAX_JOBS: expected a number, got {jobs!r}")
         folder.mkdir(parents=True, exist_ok=True)
         settings_file.unlink(missing_ok=True)
         try:
-            self.spawn([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *([] if known else ["--fresh"]),
+            self.spawn([cmake, *fresh, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
                         *(f"-D{name}={value}" for name, value in options.items())])
             settings_file.write_text(json.dumps(settings))
             self.spawn([cmake, "--build", str(folder), *(["-j", jobs] if jobs else []), "--target", *modules()])

@@ -54,7 +54,7 @@ def _reason(module: str) -> str:
         return shadows
     reason = info["native_refusal"] or (info["cuda_refusal"] if module == "_cuda" else "")
     if reason:
-        return f"when it was built, {reason}" if info["native_refusal"] else reason
+        return reason if reason.startswith("this version") else f"when it was built, {reason}"
     return (f"it was built for Python {info['python']} on {info['platform']}, and this is Python "
             f"{platform.python_version()} on {platform.machine()}")
 
