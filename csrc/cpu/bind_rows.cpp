@@ -1,4 +1,4 @@
-// Bindings of norms, activations and rotary.
+// Bindings of norms, activations, rotary and inner_sgd.
 
 #include "bind.h"
 
@@ -12,6 +12,12 @@ void read_norm(const py::dict& arguments, Norm& c) {
 void read_activation(const py::dict& arguments, Activation& c) {
   GRADMEM_READ(dtype) GRADMEM_READ(threads) GRADMEM_READ(form) GRADMEM_READ(rows) GRADMEM_READ(width) GRADMEM_READ(x)
   GRADMEM_READ(up) GRADMEM_READ(x_t) GRADMEM_READ(up_t)
+}
+
+void read_inner_sgd(const py::dict& arguments, InnerSGD& c) {
+  GRADMEM_READ(dtype) GRADMEM_READ(threads) GRADMEM_READ(batch) GRADMEM_READ(width) GRADMEM_READ(lr)
+  GRADMEM_READ(clamp) GRADMEM_READ(clip_value) GRADMEM_READ(clip_norm) GRADMEM_READ(grad) GRADMEM_READ(grad_t)
+  GRADMEM_READ(rate) GRADMEM_READ(rate_t)
 }
 
 }  // namespace
@@ -57,6 +63,20 @@ void bind_rows(py::module_& module) {
     GRADMEM_READ(sin) GRADMEM_READ(transposed)
     py::gil_scoped_release release;
     kernels().rotary(c);
+  });
+  module.def("inner_sgd_forward", [](const py::dict& arguments) {
+    InnerSGDForward c{};
+    read_inner_sgd(arguments, c);
+    GRADMEM_READ(memory) GRADMEM_READ(memory_t) GRADMEM_READ(y) GRADMEM_READ(y_t)
+    py::gil_scoped_release release;
+    kernels().inner_sgd_forward(c);
+  });
+  module.def("inner_sgd_backward", [](const py::dict& arguments) {
+    InnerSGDBackward c{};
+    read_inner_sgd(arguments, c);
+    GRADMEM_READ(a) GRADMEM_READ(b) GRADMEM_READ(dg) GRADMEM_READ(dg_t) GRADMEM_READ(dr) GRADMEM_READ(dr_t)
+    py::gil_scoped_release release;
+    kernels().inner_sgd_backward(c);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "inner_sgd.h"
 #include "norm.h"
 #include "rotary.h"
 
@@ -14,7 +15,9 @@
   F(norm_backward, NormBackward)            \
   F(activation_forward, ActivationForward)  \
   F(activation_backward, ActivationBackward) \
-  F(rotary, Rotary)
+  F(rotary, Rotary)                         \
+  F(inner_sgd_forward, InnerSGDForward)     \
+  F(inner_sgd_backward, InnerSGDBackward)
 
 namespace gradmem {
 #define GRADMEM_DECLARE(kernel, Arguments) void kernel(const Arguments&);
