@@ -22,7 +22,7 @@ def greedy(backbone: Backbone, prefix: Tensor, query_ids: Tensor, lengths: Tenso
         backbone: embeds, decodes and predicts.
         prefix: ``[N, P, D]``.
         query_ids: ``[N, n, T]`` int64.
-        lengths: ``[N * n]`` valid tokens of each query, >= 1.
+        lengths: ``[N * n]`` valid tokens of each query; behind an empty one the prefix's last row predicts.
         max_new_tokens: tokens to generate.
         eos_token_id: ends a continuation, which is then filled up with it.
 
@@ -32,11 +32,12 @@ def greedy(backbone: Backbone, prefix: Tensor, query_ids: Tensor, lengths: Tenso
     decoder, queries = backbone.decoder, query_ids.flatten(0, 1)
     size, length = prefix.shape[:2]
     cache = decoder.new_cache(size, length)
-    decoder.prefill(prefix, cache)
+    hidden = decoder.prefill(prefix, cache)[:, -1:].repeat_interleave(query_ids.shape[1], 0)
     cache = cache.repeat(query_ids.shape[1], length + query_ids.shape[2] + max_new_tokens - 1)
-    hidden = decoder.prefill(backbone.embed_tokens(queries), cache)
-    cache.truncate(length + lengths)
-    hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths.long() - 1]  # of the last valid token
+    if query_ids.shape[2]:
+        hidden = torch.cat([hidden, decoder.prefill(backbone.embed_tokens(queries), cache)], 1)
+        cache.truncate(length + lengths)
+    hidden = hidden[torch.arange(len(hidden), device=hidden.device), lengths.long()]  # of the last valid token
 
     tokens: list[Tensor] = []
     done = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)

@@ -13,10 +13,11 @@ from gradmem_kernels.checks import Checker, check_values
 __all__ = ["check_count", "check_ids", "check_labels", "check_lengths"]
 
 
-def check_ids(check: Checker, argument: str, value: Any, dims: tuple[str, ...], vocab_size: int) -> None:
-    """Token ids: int64, not empty in the last dimension, in ``0..vocab_size - 1``."""
+def check_ids(check: Checker, argument: str, value: Any, dims: tuple[str, ...], vocab_size: int, *,
+              empty: bool = False) -> None:
+    """Token ids: int64, in ``0..vocab_size - 1``; the last dimension may be 0 where ``empty``."""
     check.tensor(argument, value, dims, dtypes=(torch.int64,))
-    if value.shape[-1] == 0:
+    if value.shape[-1] == 0 and not empty:
         check.fail(argument, "at least one token", f"shape {list(value.shape)}")
     if value.numel() and check_values(value):
         low, high = value.min().item(), value.max().item()
@@ -24,13 +25,14 @@ def check_ids(check: Checker, argument: str, value: Any, dims: tuple[str, ...], 
             check.fail(argument, f"token ids in 0..{vocab_size - 1}", low if low < 0 else high)
 
 
-def check_lengths(check: Checker, argument: str, value: Any, dims: tuple[str, ...], longest: int) -> None:
-    """Lengths of right-padded rows: int64 or int32, in ``1..longest``."""
+def check_lengths(check: Checker, argument: str, value: Any, dims: tuple[str, ...], longest: int,
+                  shortest: int = 1) -> None:
+    """Lengths of right-padded rows: int64 or int32, in ``shortest..longest``."""
     check.tensor(argument, value, dims, dtypes=(torch.int64, torch.int32))
     if value.numel() and check_values(value):
         low, high = value.min().item(), value.max().item()
-        if low < 1 or high > longest:
-            check.fail(argument, f"lengths in 1..{longest}", low if low < 1 else high)
+        if low < shortest or high > longest:
+            check.fail(argument, f"lengths in {shortest}..{longest}", low if low < shortest else high)
 
 
 def check_labels(check: Checker, value: Any, query_ids: Tensor, vocab_size: int) -> None:

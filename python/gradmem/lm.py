@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class TransformersLM(Backbone):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        self._model = (model,)  # a tuple, so that its parameters have one name here
         self.decoder = Decoder.from_transformers(model)
         self.config = self.decoder.config
         self.embed_tokens = model.get_input_embeddings()
@@ -88,6 +90,15 @@ class TransformersLM(Backbone):
             Checker("TransformersLM").fail("model", "a head that is an nn.Linear without bias", head,
                                            "leave adapters off the head")
         self.lm_head = None if head.weight is self.embed_tokens.weight else head
+
+    @property
+    def name_or_path(self) -> str:
+        """What the model was loaded from; empty for one that was not."""
+        return str(getattr(self._model[0], "name_or_path", ""))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Saves the model as it is now, trained or not, for servers and ``from_pretrained`` to load."""
+        self._model[0].save_pretrained(path)
 
     @property
     def head_weight(self) -> Tensor:

@@ -133,7 +133,7 @@ class GradMem(nn.Module):
         lengths = [len(row) for row in rows] if context_lengths is None else context_lengths.tolist()
         rates, model = self.inner_lrs(steps), self.fingerprint()
         return Memory(memory, tuple(Provenance(model, steps, rates, context_hash(row[:n]))
-                                    for row, n in zip(rows, lengths, strict=True)))
+                                    for row, n in zip(rows, lengths, strict=True)), self)
 
     def read(self, memory: Memory, query_ids: Tensor, *, next_token: bool = False) -> Tensor:
         """Logits of the query's tokens, ``[N, T, V]`` (or ``[N, n, T, V]``): row ``t`` predicts query token ``t``.
@@ -141,13 +141,36 @@ class GradMem(nn.Module):
         Args:
             memory: ``N`` memories.
             query_ids: ``[N, T]`` int64, or ``[N, n, T]`` for ``n`` queries of each memory.
-            next_token: adds a row ``T``, which predicts the token after the query.
+            next_token: adds a row ``T``, which predicts the token after the query; then ``T`` may be 0.
 
         Raises:
             ArgumentError: for an argument of another type, shape, dtype or device, or ids out of range.
         """
-        self._check_query(self._check_memory("GradMem.read", memory), "query_ids", query_ids)
+        self._check_query(self._check_memory("GradMem.read", memory), "query_ids", query_ids, empty=next_token)
         return self._logits(_tracked(memory.tensor), query_ids if next_token else query_ids[..., :-1])
+
+    @torch.no_grad()
+    def prompt_embeds(self, memory: Memory, query_ids: Tensor) -> Tensor:
+        """Input embeddings from which the backbone alone reads: ``[read prefix of the memory; query]``.
+
+        They are what ``transformers`` takes as ``inputs_embeds``, vLLM as ``prompt_embeds`` and SGLang as
+        ``input_embeds``, as long as these serve the backbone's weights. Positions count from the first row; position
+        embeddings are the server's matter.
+
+        Args:
+            memory: ``N`` memories.
+            query_ids: ``[N, T]`` int64, or ``[N, n, T]`` for ``n`` queries of each memory; ``T`` may be 0.
+
+        Returns:
+            ``[N, P + T, D]`` or ``[N, n, P + T, D]``, of the model's dtype, where ``P`` is ``m`` and the control tokens
+            of READ.
+
+        Raises:
+            ArgumentError: for an argument of another type, shape, dtype or device, or ids out of range.
+        """
+        self._check_query(self._check_memory("GradMem.prompt_embeds", memory), "query_ids", query_ids, empty=True)
+        rows, _ = self._rows(memory.tensor, query_ids)
+        return rows.view(*query_ids.shape[:-1], *rows.shape[1:])
 
     @torch.no_grad()
     def generate(self, memory: Memory, query_ids: Tensor, *, max_new_tokens: int, query_lengths: Tensor | None = None,
@@ -160,21 +183,22 @@ class GradMem(nn.Module):
             memory: ``N`` memories.
             query_ids: ``[N, T]`` int64, or ``[N, n, T]`` for ``n`` queries of each memory, right-padded.
             max_new_tokens: tokens to generate, >= 1.
-            query_lengths: ``[N]`` or ``[N, n]`` valid tokens of each query; default: all.
+            query_lengths: ``[N]`` or ``[N, n]`` valid tokens of each query, >= 0; default: all.
             eos_token_id: ends a continuation, which is then filled up with it.
 
         Raises:
             ArgumentError: for an argument of another type, shape, dtype or device, ids or lengths out of range.
         """
         check = self._check_memory("GradMem.generate", memory)
-        self._check_query(check, "query_ids", query_ids)
+        self._check_query(check, "query_ids", query_ids, empty=True)
         check_count(check, "max_new_tokens", max_new_tokens, 1)
         if query_lengths is None:
             query_lengths = torch.full(query_ids.shape[:-1], query_ids.shape[-1], device=query_ids.device)
-        check_lengths(check, "query_lengths", query_lengths, ("B", "n")[: query_ids.ndim - 1], query_ids.shape[-1])
+        check_lengths(check, "query_lengths", query_lengths, ("B", "n")[: query_ids.ndim - 1], query_ids.shape[-1],
+                      shortest=0)
         if eos_token_id is not None:
             check_count(check, "eos_token_id", eos_token_id, 0)
-        rows = query_ids.view(len(query_ids), -1, query_ids.shape[-1])
+        rows = query_ids.unsqueeze(1) if query_ids.ndim == 2 else query_ids
         with named_range("read generate"):
             ids = generation.greedy(self.backbone, self._prefix(memory.tensor), rows, query_lengths.flatten(),
                                     max_new_tokens, eos_token_id)
@@ -253,14 +277,18 @@ class GradMem(nn.Module):
     def _prefix(self, memory: Tensor) -> Tensor:
         return self.read_prefix(memory.to(self.memory_init.dtype))
 
+    def _rows(self, memory: Tensor, query_ids: Tensor) -> tuple[Tensor, int]:
+        """Input rows of each query behind its memory's prefix, ``[N * n, P + T, D]``, and ``P``."""
+        prefix, embeds = self._prefix(memory), self.backbone.embed_tokens(_tracked(query_ids))
+        if query_ids.ndim == 3:
+            prefix = prefix.repeat_interleave(query_ids.shape[1], 0)
+        return torch.cat([prefix, embeds.flatten(0, -3)], 1), prefix.shape[1]
+
     def _logits(self, memory: Tensor, query_ids: Tensor) -> Tensor:
         """Logits of each query token and of the one after the last: ``[..., T + 1, V]`` for ``query_ids [..., T]``."""
         with named_range("read"):
-            prefix, embeds = self._prefix(memory), self.backbone.embed_tokens(_tracked(query_ids))
-            if query_ids.ndim == 3:
-                prefix = prefix.repeat_interleave(query_ids.shape[1], 0)
-            rows = torch.cat([prefix, embeds.flatten(0, -3)], 1)
-            hidden = self.backbone.decoder(rows, start=prefix.shape[1] - 1)
+            rows, first = self._rows(memory, query_ids)
+            hidden = self.backbone.decoder(rows, start=first - 1)
             return F.linear(hidden, self.backbone.head_weight).view(*query_ids.shape[:-1], query_ids.shape[-1] + 1, -1)
 
     def _loss(self, logits: Tensor, labels: Tensor, inner_losses: Tensor) -> Tensor:
@@ -285,9 +313,9 @@ class GradMem(nn.Module):
         check.tensor("memory", memory.tensor, ("B", "m", "D"), dtypes=(memory.tensor.dtype,))
         return check
 
-    def _check_query(self, check: Checker, name: str, ids: Tensor) -> None:
+    def _check_query(self, check: Checker, name: str, ids: Tensor, *, empty: bool = False) -> None:
         several = isinstance(ids, Tensor) and ids.ndim == 3
-        check_ids(check, name, ids, ("B", "n", "T") if several else ("B", "T"), self.vocab_size)
+        check_ids(check, name, ids, ("B", "n", "T") if several else ("B", "T"), self.vocab_size, empty=empty)
 
     def _checker(self, op: str) -> Checker:
         check = Checker(op)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -62,11 +65,68 @@ def test_slices_and_cat(memory: Memory) -> None:
         memory[3]
 
 
+@pytest.mark.parametrize("index", [[2, 0, 2], [-1, 0, -1], torch.tensor([2, 0, 2]), (2, 0, 2)], ids=str)
+def test_positions_keep_their_provenance(memory: Memory, index: Any) -> None:
+    chosen = memory[index]
+    assert torch.equal(chosen.tensor, memory.tensor[[2, 0, 2]])
+    assert [entry.context for entry in chosen.provenance] == [memory.provenance[i].context for i in (2, 0, 2)]
+    assert chosen.model is memory.model
+
+
+def test_masks_and_empty_indices(memory: Memory) -> None:
+    for mask in ([True, False, True], torch.tensor([True, False, True])):
+        assert memory[mask].provenance == (memory.provenance[0], memory.provenance[2])
+        assert torch.equal(memory[mask].tensor, memory.tensor[[0, 2]])
+    assert len(memory[[]]) == len(memory[3:]) == 0
+    assert memory[::2].provenance == memory.provenance[::2]
+    for index in ([3], [True, False], torch.tensor([-4])):
+        with pytest.raises(IndexError):
+            memory[index]
+    for wrong in (1.5, [0.5], torch.tensor([[0]]), "0", None):
+        with pytest.raises(ArgumentError, match="Memory: index: expected an integer, a slice"):
+            memory[wrong]  # type: ignore[index]
+
+
+def test_moving_keeps_provenance_and_model(memory: Memory) -> None:
+    half = memory.to(dtype=torch.bfloat16)
+    assert half.tensor.dtype == torch.bfloat16
+    for moved in (half, memory.to("cpu"), memory.to("meta", dtype=torch.float32), memory.to()):
+        assert moved.provenance == memory.provenance
+        assert moved.model is memory.model
+    with pytest.raises(ArgumentError, match="Memory: tensor: expected a dtype of"):
+        memory.to(dtype=torch.int64)
+
+
+def test_a_model_is_kept_and_stays_out_of_files_and_pickles(model: GradMem, memory: Memory, tmp_path: Path) -> None:
+    assert memory.model is memory[0].model is Memory.cat([memory, memory]).model is model
+    memory.save(tmp_path / "m")
+    bare, loaded = Memory.load(tmp_path / "m"), Memory.load(tmp_path / "m", model)
+    assert bare.model is None
+    assert loaded.model is model
+    assert Memory.cat([bare, loaded]).model is model
+    for again in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
+        assert again.model is None
+        assert again.provenance == memory.provenance
+        assert torch.equal(again.tensor, memory.tensor)
+
+
+def test_a_memory_of_another_dtype_comes_back_from_its_file(memory: Memory, model: GradMem, tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        memory.to(dtype=dtype).save(tmp_path / "m")
+        loaded = Memory.load(tmp_path / "m", model)
+        assert loaded.tensor.dtype == dtype
+        assert loaded.provenance == memory.provenance
+
+
 def test_cat_refuses_memories_of_different_models(memory: Memory, make_model: MakeModel) -> None:
     with pytest.raises(ArgumentError, match="memories of one model"):
         Memory.cat([memory, make_model(seed=1).write(CONTEXTS)])
     with pytest.raises(ArgumentError, match="got 0"):
         Memory.cat([])
+    with pytest.raises(ArgumentError, match=r"Memory.cat: memories\[1\]: expected the dtype of memories\[0\], float64"):
+        Memory.cat([memory, memory.to(dtype=torch.float32)])
+    with pytest.raises(ArgumentError, match=r"memories\[1\]: expected the device of"):
+        Memory.cat([memory, memory.to("meta")])
 
 
 def test_provenance_counts(memory: Memory) -> None:

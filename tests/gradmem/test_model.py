@@ -166,7 +166,7 @@ def test_padding_does_not_change_gradients(make_model: MakeModel) -> None:
 def test_generate_ragged_queries_equals_reading_one_by_one(make_model: MakeModel) -> None:
     model = make_model(control_tokens=1)
     memory = model.write(ids(2, 6))
-    queries, lengths = ids(2, 3, 5, seed=3), torch.tensor([[5, 1, 3], [2, 5, 4]])
+    queries, lengths = ids(2, 3, 5, seed=3), torch.tensor([[5, 1, 3], [2, 0, 4]])
     out = model.generate(memory, queries, query_lengths=lengths, max_new_tokens=6)
     for i in range(2):
         for j in range(3):
@@ -176,6 +176,7 @@ def test_generate_ragged_queries_equals_reading_one_by_one(make_model: MakeModel
             assert out[i, j].tolist() == text[0, lengths[i, j] :].tolist()
     assert torch.equal(model.generate(memory, queries[:, 0, :2], max_new_tokens=3),
                        model.generate(memory, queries[:, :1, :2], max_new_tokens=3)[:, 0])
+    assert torch.equal(model.generate(memory, queries[..., :0], max_new_tokens=6)[1, 2], out[1, 1])  # no query at all
 
 
 def test_generate_stops_at_the_end_token(make_model: MakeModel) -> None:
