@@ -85,25 +85,10 @@ def _forward_sweep(sweep):
 
 def _forward_chunk(sweep, part):
     chunk = sweep.logits(part)
-    z, z_t = chunk.z, chunk.z_t
-    z_max, z_label = z.amax(-1, keepdim=True), z.gather(-1, part.label)
-    p = z.sub_(z_max).exp_()
-    p_sum = p.sum(-1, keepdim=True)
-    lse = z_max + p_sum.log()
-    mu = row_t = None
-    if z_t is not None or sweep.wanted:
-        p.div_(p_sum)
-    if z_t is not None:
-        # row_t = mu - z_t[label],  mu = sum(P * z_t),  P_t = P * (z_t - mu)
-        z_t_label = z_t.gather(-1, part.label)
-        p_t = mul_(z_t, p)
-        mu = p_t.sum(-1, keepdim=True)
-        row_t = mu - z_t_label
-        if sweep.wanted:
-            chunk = chunk._replace(z_t=addcmul_(p_t, p, -mu))
+    stats, bars = sweep.row_kernels.forward(chunk.z, chunk.z_t, part.label, *sweep.bars(part), sweep.wanted)
     if sweep.wanted:
-        sweep.add(part, chunk)
-    return lse - z_label, row_t, lse, mu
+        sweep.add(part, chunk, *bars)
+    return stats
 
 
 def _backward_sweep(lse, mu, x, x_t, labels, a, b, needs, needs_t, **options):
@@ -119,9 +104,53 @@ def _backward_sweep(lse, mu, x, x_t, labels, a, b, needs, needs_t, **options):
 
 def _backward_chunk(sweep, part, lse, mu):
     chunk = sweep.logits(part)
-    p = sub_(chunk.z, lse[part.where]).exp_()
-    p_t = None if chunk.z_t is None else mul_(sub_(chunk.z_t, mu[part.where]), p)
-    sweep.add(part, chunk._replace(z=p, z_t=p_t))
+    stats = lse[part.where], None if chunk.z_t is None else mu[part.where]
+    sweep.add(part, chunk, *sweep.row_kernels.backward(chunk.z, chunk.z_t, part.label, *stats, *sweep.bars(part)))
+
+
+class RowKernels:
+    """What a sweep does to rows of logits ``z`` and their tangents ``z_t``, ``[m, V]``, in their place.
+
+    ``label``, statistics and the cotangents ``a`` and ``b`` of each row's loss and loss_t are ``[m, 1]``; ``None`` is a
+    known zero, but for ``a`` where there is no ``b``: 1. With these, the logits' cotangents are ``dz, dz_t``.
+    """
+
+    def forward(self, z, z_t, label, a, b, wanted):
+        """``(row, row_t, lse, mu), (dz, dz_t)``: each row's loss and its tangent; cotangents if they are wanted."""
+        z_max, z_label = z.amax(-1, keepdim=True), z.gather(-1, label)
+        p = z.sub_(z_max).exp_()
+        p_sum = p.sum(-1, keepdim=True)
+        lse = z_max + p_sum.log()
+        mu = row_t = p_t = None
+        if z_t is not None or wanted:
+            p.div_(p_sum)
+        if z_t is not None:
+            # row_t = mu - z_t[label],  mu = sum(P * z_t),  P_t = P * (z_t - mu)
+            z_t_label = z_t.gather(-1, label)
+            p_t = mul_(z_t, p)
+            mu = p_t.sum(-1, keepdim=True)
+            row_t = mu - z_t_label
+            if wanted and b is not None:
+                p_t = addcmul_(p_t, p, -mu)
+        return (lse - z_label, row_t, lse, mu), _logits_bars(p, p_t, label, a, b) if wanted else (None, None)
+
+    def backward(self, z, z_t, label, lse, mu, a, b):
+        """``dz, dz_t``, from the rows' statistics."""
+        p = sub_(z, lse).exp_()
+        return _logits_bars(p, None if z_t is None or b is None else mul_(sub_(z_t, mu), p), label, a, b)
+
+
+def _logits_bars(p, p_t, label, a, b):
+    """``dz, dz_t`` in the place of P and P_t."""
+    # P - 1[label]
+    g = _less_one(p, label)
+    if b is None:
+        return g, None
+    if p_t is None:
+        return None, g
+    # dz = a * (P - 1[label]) + b * P_t
+    dz = mul_(p_t, b)
+    return dz if a is None else addcmul_(dz, g, a), g
 
 
 class _Part(NamedTuple):
@@ -143,7 +172,7 @@ class _Part(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """The logits of a part, or what is computed in their place; ``pair`` holds both, if both are views of it."""
+    """The logits of a part; ``pair`` holds both, if both are views of it."""
 
     h: Tensor
     h_t: Tensor | None
@@ -158,7 +187,9 @@ class _Sweep:
     ``a`` and ``b`` are the cotangents of loss and loss_t, [B]; ``unit``: hidden's cotangent is for ``a = 1``.
     """
 
-    def __init__(self, x, x_t, labels, a, b, needs, needs_t, *, ignore_index, max_counted, budget, unit=False):
+    def __init__(self, x, x_t, labels, a, b, needs, needs_t, *, ignore_index, max_counted, budget, unit=False,
+                 row_kernels=RowKernels()):  # noqa: B008 - it has no state
+        self.row_kernels = row_kernels
         self.x, self.unit, self.needs, self.needs_t = x, unit, needs, NO if b is None else needs_t
         self.wanted = any(self.needs + self.needs_t)
         dtype = _product_dtype(x[1])
@@ -187,31 +218,26 @@ class _Sweep:
             z_t = self.c_t.expand(z.shape).clone() if z_t is None else add_(z_t, self.c_t)
         return chunk._replace(z=add_(z, self.c), z_t=z_t)
 
-    def add(self, part: _Part, chunk: _Chunk) -> None:
-        """Adds a chunk, given P and P_t in the place of z and z_t.
+    def bars(self, part: _Part) -> tuple[Tensor | None, Tensor | None]:
+        """``a`` and ``b`` of a part's rows."""
+        return None if self.a is None else self.a[part.where], None if self.b is None else self.b[part.where]
+
+    def add(self, part: _Part, chunk: _Chunk, dz: Tensor | None, dz_t: Tensor | None) -> None:
+        """Adds a chunk, given what :class:`RowKernels` make of its logits.
 
         The logits' cotangents are ``r * dz`` and ``r_t * dz_t`` with one factor for each row, so that ``dz`` and
         ``dz_t``, which may be rounded to half precision, are free of the shares.
         """
         share = part.share.to(chunk.z.dtype)
-        a, b = (None if g is None else g[part.where] for g in (self.a, self.b))
-        # P - 1[label]
-        g = _less_one(chunk.z, part.label)
-        if b is None:
-            dz, r = g, share if a is None else share * a
-            dz_t = r_t = pair = None
-        else:
-            dz_t, r_t, dz, r, pair = g, share * b, None, share, None
-            if chunk.z_t is not None:
-                # dz = a * (P - 1[label]) + b * P_t
-                dz = mul_(chunk.z_t, b)
-                dz = dz if a is None else addcmul_(dz, g, a)
-                # a wrapped result was not computed in the place of the logits
-                pair = None if is_wrapped(g) or is_wrapped(dz) else chunk.pair
+        a, b = self.bars(part)
+        r, r_t = share if a is None or b is not None else share * a, None if b is None else share * b
+        pair = chunk.pair
+        if dz is None or dz_t is None or is_wrapped(dz) or is_wrapped(dz_t):
+            pair = None  # a wrapped result was not computed in the place of the logits
         self._add_bias(dz, r, dz_t, r_t)
         if pair is not None:
             pair = pair.to(self.w.dtype)
-            dz_t, dz = pair[: len(g)], pair[len(g) :]
+            dz_t, dz = pair[: len(chunk.z)], pair[len(chunk.z) :]
         else:
             dz_t, dz = (None if t is None else t.to(self.w.dtype) for t in (dz_t, dz))
         self._add_hidden(dz, share if self.unit else r, dz_t, r_t, pair)
