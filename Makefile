@@ -26,6 +26,9 @@ INSTALLED := $(VENV)/.installed
 SOURCES := CMakeLists.txt $(wildcard csrc/common/* csrc/cpu/* csrc/cuda/*)
 NATIVE = build/native-$(shell $(BIN)/python -c 'import sys, sysconfig; \
   print(sys.implementation.cache_tag, sysconfig.get_platform(), sep="-")')
+# Tests that `make sanitize` runs on the native backend.
+SANITIZED := $(wildcard tests/test_*_native.py) $(patsubst %,tests/test_%.py,attention rms_norm layer_norm swiglu gelu \
+  rotary linear_cross_entropy inner_sgd)
 GPU_PYTHON := $(or $(WITH),$(BIN)/python)
 GPU_READY := $(if $(WITH),,$(INSTALLED))
 # The oldest Triton that pyproject.toml allows, installed beside the environment's own.
@@ -55,6 +58,19 @@ test-native: $(INSTALLED) ## the tests in C++
 
 test-wheel: $(INSTALLED) ## builds a wheel from a source distribution, in isolation, and runs it elsewhere
 	GRADMEM_TEST_WHEEL=1 $(BIN)/python -m pytest -q tests/test_wheel.py
+
+# -O1 compiles sooner, and shows the lines that are at fault.
+sanitize: $(INSTALLED) ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, by GCC
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$(CXX) \
+	  -DCMAKE_CXX_FLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer' \
+	  -DGRADMEM_OPTIMISATION=-O1 -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/sanitize --target _cpu cpu_tests
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	GRADMEM_SANITIZED=$$(ls $(CURDIR)/build/sanitize/_cpu.*.so) PYTHONPATH=tests OMP_NUM_THREADS=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -p sanitized -n 2 -q -k native $(SANITIZED)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
