@@ -87,6 +87,7 @@ inline void read(const py::dict& arguments, const char* name, Index (&range)[2])
 #define GRADMEM_READ(field) read(arguments, #field, c.field);
 
 void bind_attention(py::module_& module);
+void bind_cross_entropy(py::module_& module);
 void bind_rows(py::module_& module);
 
 }  // namespace gradmem

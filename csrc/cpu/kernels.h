@@ -3,21 +3,24 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "cross_entropy.h"
 #include "inner_sgd.h"
 #include "norm.h"
 #include "rotary.h"
 
 // Each kernel, and its arguments.
-#define GRADMEM_EACH_KERNEL(F)              \
-  F(attention_forward, AttentionForward)    \
-  F(attention_backward, AttentionBackward)  \
-  F(norm_forward, NormForward)              \
-  F(norm_backward, NormBackward)            \
-  F(activation_forward, ActivationForward)  \
-  F(activation_backward, ActivationBackward) \
-  F(rotary, Rotary)                         \
-  F(inner_sgd_forward, InnerSGDForward)     \
-  F(inner_sgd_backward, InnerSGDBackward)
+#define GRADMEM_EACH_KERNEL(F)                    \
+  F(attention_forward, AttentionForward)          \
+  F(attention_backward, AttentionBackward)        \
+  F(norm_forward, NormForward)                    \
+  F(norm_backward, NormBackward)                  \
+  F(activation_forward, ActivationForward)        \
+  F(activation_backward, ActivationBackward)      \
+  F(rotary, Rotary)                               \
+  F(inner_sgd_forward, InnerSGDForward)           \
+  F(inner_sgd_backward, InnerSGDBackward)         \
+  F(cross_entropy_forward, CrossEntropyForward)   \
+  F(cross_entropy_backward, CrossEntropyBackward)
 
 namespace gradmem {
 #define GRADMEM_DECLARE(kernel, Arguments) void kernel(const Arguments&);

@@ -67,5 +67,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("instruction_set", [] { return gradmem::kernels().isa; }, "The one that kernels run on.");
   module.def("use", &gradmem::use, "Has kernels run on another instruction set; for the whole process.");
   gradmem::bind_attention(module);
+  gradmem::bind_cross_entropy(module);
   gradmem::bind_rows(module);
 }

@@ -360,7 +360,8 @@ def _less_one(p: Tensor, label: Tensor) -> Tensor:
 def _mean(row: Tensor | None, shares: Tensor) -> Tensor | None:
     if row is None:
         return None
-    return (row.view(shares.shape).masked_fill(shares == 0, 0) * shares.to(row.dtype)).sum(-1)
+    # in float64, as the shares are: the mean of many rows costs no digits
+    return (row.view(shares.shape).masked_fill(shares == 0, 0) * shares).sum(-1).to(row.dtype)
 
 
 def _factor(actual: Tensors, announced: Tensors, *, by_sample: bool) -> Tensor:
