@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gradmem_kernels.native.common import DTYPES, address, cpu
+from gradmem_kernels.native.common import DTYPES, address, launch
 from gradmem_kernels.operators.activation import Activation, Backward, Forward
 from gradmem_kernels.operators.rows import flat_or_rows
 
@@ -18,13 +17,13 @@ FORMS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 def _launch_forward(tensors: Forward, results: Sequence[Tensor | None], form: str) -> None:
     arguments, _alive = _arguments(("x", "up", "x_t", "up_t"), tensors, ("y", "y_t"), results, form)
-    cpu().activation_forward(arguments)
+    launch("activation_forward", tensors.x, arguments)
 
 
 def _launch_backward(tensors: Backward, results: Sequence[Tensor | None], form: str) -> None:
     arguments, _alive = _arguments(("x", "up", "x_t", "up_t", "a", "b"), tensors, ("dx", "dx_t", "dup", "dup_t", "y_t"),
                                    results, form)
-    cpu().activation_backward(arguments)
+    launch("activation_backward", tensors.x, arguments)
 
 
 def _arguments(names: Sequence[str], tensors: Sequence[Tensor | None], result_names: Sequence[str],
@@ -32,8 +31,8 @@ def _arguments(names: Sequence[str], tensors: Sequence[Tensor | None], result_na
     """What a kernel is told; and the tensors that it will read."""
     rows, width, tensors, strides = flat_or_rows(*tensors)
     views = (None if t is None else (t.data_ptr(), of) for t, of in zip(tensors, strides, strict=True))
-    return {"dtype": DTYPES[tensors[0].dtype], "threads": torch.get_num_threads(), "form": FORMS[form], "rows": rows,
-            "width": width, **dict(zip(names, views, strict=True)),
+    return {"dtype": DTYPES[tensors[0].dtype], "form": FORMS[form], "rows": rows, "width": width,
+            **dict(zip(names, views, strict=True)),
             **dict(zip(result_names, map(address, results), strict=True))}, tensors
 
 

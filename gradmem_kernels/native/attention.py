@@ -19,7 +19,7 @@ FASTEST_FIRST_ORDER = True
 
 def refusal(q: Tensor | None = None, *_: Tensor | None) -> str | None:
     """Why these kernels cannot serve such tensors; ``None`` if they can."""
-    return refusal_of(q)
+    return refusal_of(q, cuda=False)
 
 
 def _launch_forward(tensors: Forward, settings: Settings, o: Tensor | None, o_t: Tensor | None, lse: Tensor | None,

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gradmem_kernels.native.common import DTYPES, address, cpu, view
+from gradmem_kernels.native.common import DTYPES, address, launch, view
 from gradmem_kernels.native.common import refusal as refusal_of
 from gradmem_kernels.operators.inner_sgd import Backward, Forward, InnerSGD, Settings
 
@@ -20,21 +19,22 @@ def refusal(memory: Tensor | None = None, *_: Tensor | None) -> str | None:
 
 
 def _launch_forward(tensors: Forward, settings: Settings, y: Tensor | None, y_t: Tensor | None) -> None:
-    cpu().inner_sgd_forward(_arguments(y if y_t is None else y_t, settings, {**tensors._asdict(), "y": y, "y_t": y_t}))
+    like = y if y_t is None else y_t
+    launch("inner_sgd_forward", like, _arguments(like, settings, {**tensors._asdict(), "y": y, "y_t": y_t}))
 
 
 def _launch_backward(tensors: Backward, settings: Settings, *results: Tensor | None) -> None:
     results_by_name = dict(zip(("dg", "dr", "dg_t", "dr_t"), results, strict=True))
     like = tensors.b if tensors.a is None else tensors.a
-    cpu().inner_sgd_backward(_arguments(like, settings, {**tensors._asdict(), **results_by_name}))
+    launch("inner_sgd_backward", like, _arguments(like, settings, {**tensors._asdict(), **results_by_name}))
 
 
 def _arguments(like: Tensor, settings: Settings, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
     rates = {name: tensors[name] for name in ("rate", "rate_t")}
     lr, clip_value, clip_norm = settings
-    return {"dtype": DTYPES[like.dtype], "threads": torch.get_num_threads(), "batch": like.shape[0],
-            "width": like.shape[1], "lr": lr, "clamp": clip_value is not None, "clip_value": clip_value or math.inf,
-            "clip_norm": clip_norm or math.inf, **{name: address(t) for name, t in tensors.items()},
+    return {"dtype": DTYPES[like.dtype], "batch": like.shape[0], "width": like.shape[1], "lr": lr,
+            "clamp": clip_value is not None, "clip_value": clip_value or math.inf, "clip_norm": clip_norm or math.inf,
+            **{name: address(t) for name, t in tensors.items()},
             # one number of a sample is read again for each of its elements
             **{name: None if t is None else (*view(t, 1), 0 if t.shape[1] == 1 else 1) for name, t in rates.items()}}
 

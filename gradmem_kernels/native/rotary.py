@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from gradmem_kernels.native.common import DTYPES, cpu, view
+from gradmem_kernels.native.common import DTYPES, launch, view
 from gradmem_kernels.native.common import refusal as refusal_of
 from gradmem_kernels.operators.rotary import Rotary, table_strides
 
@@ -17,11 +16,10 @@ def refusal(x: Tensor | None = None) -> str | None:
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, transposed: bool) -> None:
     batch, heads, length, d = x.shape
-    cpu().rotary({
-        "dtype": DTYPES[x.dtype], "table_dtype": DTYPES[cos.dtype], "threads": torch.get_num_threads(), "batch": batch,
-        "heads": heads, "length": length, "d": d, "half": cos.shape[-1], "x": view(x), "y": view(y),
-        "cos": (cos.data_ptr(), *table_strides(cos)), "sin": (sin.data_ptr(), *table_strides(sin)),
-        "transposed": transposed})
+    launch("rotary", x, {
+        "dtype": DTYPES[x.dtype], "table_dtype": DTYPES[cos.dtype], "batch": batch, "heads": heads, "length": length,
+        "d": d, "half": cos.shape[-1], "x": view(x), "y": view(y), "cos": (cos.data_ptr(), *table_strides(cos)),
+        "sin": (sin.data_ptr(), *table_strides(sin)), "transposed": transposed})
 
 
 _operators = Rotary("native", _launch)

@@ -138,7 +138,7 @@ def _reduced(terms, rate, like):
     """The sum of ``terms``, ``[B, N]`` or ``[B, 1]``, over what ``rate`` was broadcast along."""
     if terms is None:
         return None
-    shape = like.shape if terms.shape[1] > 1 else (like.shape[0], *(1,) * (like.dim() - 1))
+    shape = like.shape if terms.shape[1] != 1 else (like.shape[0], *(1,) * (like.dim() - 1))
     return terms.view(shape).sum_to_size(rate.shape).to(rate.dtype)
 
 

@@ -1,0 +1,23 @@
+// The launches of CUDA kernels; each takes the arguments of its namesake on a CPU, addresses being the device's.
+#pragma once
+
+#include "../cpu/activation.h"
+#include "../cpu/inner_sgd.h"
+#include "../cpu/norm.h"
+#include "../cpu/rotary.h"
+
+// Each kernel, and its arguments.
+#define GRADMEM_EACH_CUDA_KERNEL(F)           \
+  F(norm_forward, NormForward)                \
+  F(norm_backward, NormBackward)              \
+  F(activation_forward, ActivationForward)    \
+  F(activation_backward, ActivationBackward)  \
+  F(rotary, Rotary)                           \
+  F(inner_sgd_forward, InnerSGDForward)       \
+  F(inner_sgd_backward, InnerSGDBackward)
+
+namespace gradmem::cuda {
+#define GRADMEM_DECLARE(kernel, Arguments) void kernel(const Arguments&);
+GRADMEM_EACH_CUDA_KERNEL(GRADMEM_DECLARE)
+#undef GRADMEM_DECLARE
+}  // namespace gradmem::cuda
