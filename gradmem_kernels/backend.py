@@ -75,7 +75,7 @@ def select(op: str, backend: str | None, *tensors: Tensor | None) -> Kernels:
             raise BackendError(f"{op}: backend: {name!r} cannot serve this call: {reason}; pass backend=None for the "
                                f"automatic choice, or another of {', '.join(BACKENDS)}")
         return _load(name, op)
-    return _load(next(b for b in BACKENDS if _refusal(b, op, tensors) is None), op)
+    return _load(next(b for b in BACKENDS if _passed_over(b, op, tensors) is None), op)
 
 
 def requested() -> str | None:
@@ -95,7 +95,7 @@ def explain(*tensors: Tensor) -> list[Choice]:
             continue
         passed_over: list[str] = []
         for name in BACKENDS:
-            reason = _refusal(name, op, tensors)
+            reason = _passed_over(name, op, tensors)
             if reason is None:
                 rows.append(Choice(op, name, "; ".join(passed_over) or "first choice"))
                 break
@@ -118,6 +118,13 @@ def _refusal(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> str | No
         return "Triton is not installed; it has wheels for Linux on x86-64 and arm64"
     refusal = getattr(_load(name, op), "refusal", None)
     return refusal(*tensors) if refusal is not None else None
+
+
+def _passed_over(name: str, op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why the automatic choice leaves this backend out; ``None`` if it does not."""
+    if name == "native" and any(t is not None and t.is_cuda for t in tensors):
+        return _refusal(name, op, tensors) or "its CUDA kernels were never measured; they serve when asked for by name"
+    return _refusal(name, op, tensors)
 
 
 def _load(name: str, op: str) -> Kernels:

@@ -89,6 +89,10 @@ def test_empty(shape, lr, clips, backend):
     check_empty(case(backend, shape, lr, **clips))
 
 
+def test_empty_with_a_rate_for_each_channel(backend):
+    check_empty(case(backend, (2, 0, 3), (3,)))
+
+
 @pytest.mark.parametrize("lr", [0.3, ()], ids=str)
 def test_zero_gradient_is_not_divided_by_its_norm(lr, backend):
     still = case(backend, (2, 3), lr, clip_value=1.0, clip_norm=0.5)
