@@ -7,19 +7,20 @@ from gradmem.errors import (
     DataError,
     GradMemError,
     GraphError,
+    HubError,
     MemoryFileError,
     MissingExtraError,
     NonFiniteError,
 )
 from gradmem.evaluation import Evaluation, evaluate
-from gradmem.experiment import DataConfig, Experiment, TrainConfig
+from gradmem.experiment import BackboneConfig, DataConfig, Experiment, TrainConfig
 from gradmem.graphs import GraphedStep, GraphedWrite
 from gradmem.lm import CausalLM, TransformersLM
 from gradmem.memory import Memory, Provenance
 from gradmem.model import GradMem, GradMemOutput
 from gradmem.training import Trainer
 
-__all__ = ["CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError", "Evaluation", "Experiment",
-           "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "GraphError", "GraphedStep", "GraphedWrite",
-           "LMConfig", "Memory", "MemoryFileError", "MissingExtraError", "NonFiniteError", "Provenance", "TrainConfig",
-           "Trainer", "TransformersLM", "evaluate"]
+__all__ = ["BackboneConfig", "CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError", "Evaluation",
+           "Experiment", "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "GraphError", "GraphedStep",
+           "GraphedWrite", "HubError", "LMConfig", "Memory", "MemoryFileError", "MissingExtraError", "NonFiniteError",
+           "Provenance", "TrainConfig", "Trainer", "TransformersLM", "evaluate"]

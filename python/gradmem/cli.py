@@ -21,7 +21,8 @@ from gradmem.experiment import Experiment
 from gradmem.memory import Memory
 from gradmem.metrics import plot as draw_plot
 from gradmem.metrics import require_matplotlib
-from gradmem.tasks import JsonlTask, KVTask
+from gradmem.tasks import TASKS, KVTask
+from gradmem.tasks.files import SPACED
 from gradmem.tasks.kv import END
 from gradmem.training import CHECKPOINT, METRICS, Trainer
 from gradmem_kernels import ArgumentError
@@ -37,40 +38,51 @@ CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint of a traini
 DeviceOption = Annotated[str, typer.Option(help="torch device to run on")]
 
 
-@train_app.command("kv")
-@experiment_options
-def train_kv(
-    options: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="directory of the checkpoint, metrics and plot")] = Path("runs/kv"),
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
-    plot: Annotated[bool, typer.Option(help="draw loss and exact match as PNG at the end")] = True,
-    device: DeviceOption = "cpu",
-) -> None:
-    """Train a GradMem with a small built-in decoder to retrieve values by their keys.
+_TRAIN_HELP = {
+    "kv": "Train a GradMem with a small built-in decoder to retrieve values by their keys.",
+    "babi": "Train a GradMem on the questions of bAbI stories, files in its text format.",
+    "squad": "Train a GradMem on questions about paragraphs, files in SQuAD's JSON format.",
+    "jsonl": "Train a GradMem on JSON lines with context, query and target.",
+    "text": "Train a GradMem to reconstruct chunks of a text from its memory.",
+}
 
-    A resumed run takes its options from the checkpoint; those given here must agree with it.
-    """
-    if plot:
-        require_matplotlib()
-    target = _device(device)
-    if resume:
-        trainer = Trainer.resume(out, options, target)
-    else:
-        if (out / CHECKPOINT).exists():
-            raise CheckpointError(f"{out / CHECKPOINT}: exists already; continue it with --resume, or name another "
-                                  f"directory with --out")
-        trainer = Trainer(Experiment.from_options(options), out, target)
-    console = Console()
-    if trainer.graphs:
-        console.print("steps are captured into CUDA graphs; --cuda-graphs off runs them without", highlight=False)
-    with progress(console, trainer.config.max_steps) as on_step:
-        stopped = trainer.run(on_step)
-    if plot:
-        draw_plot(out / METRICS, out / "curves.png")
-    console.print(f"step {trainer.state.step}: saved {out / CHECKPOINT}", highlight=False, soft_wrap=True)
-    if stopped is not None:
-        console.print(f"stopped by {stopped.name}; continue with --resume")
-        raise typer.Exit(128 + stopped)
+
+def _add_train_command(task: str) -> None:
+    @train_app.command(task, help=f"{_TRAIN_HELP[task]}\n\nA resumed run takes its options from the checkpoint; those "
+                                  f"given here must agree with it.")
+    @experiment_options(task)
+    def train(
+        options: dict[str, Any],
+        out: Annotated[Path, typer.Option(help="directory of the checkpoint, metrics and plot")] = Path("runs") / task,
+        resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+        plot: Annotated[bool, typer.Option(help="draw loss and exact match as PNG at the end")] = True,
+        device: DeviceOption = "cpu",
+    ) -> None:
+        if plot:
+            require_matplotlib()
+        target = _device(device)
+        if resume:
+            trainer = Trainer.resume(out, options, target)
+        else:
+            if (out / CHECKPOINT).exists():
+                raise CheckpointError(f"{out / CHECKPOINT}: exists already; continue it with --resume, or name another "
+                                      f"directory with --out")
+            trainer = Trainer(Experiment.from_options(options), out, target)
+        console = Console()
+        if trainer.graphs:
+            console.print("steps are captured into CUDA graphs; --cuda-graphs off runs them without", highlight=False)
+        with progress(console, trainer.config.max_steps, pairs=isinstance(trainer.task, KVTask)) as on_step:
+            stopped = trainer.run(on_step)
+        if plot:
+            draw_plot(out / METRICS, out / "curves.png")
+        console.print(f"step {trainer.state.step}: saved {out / CHECKPOINT}", highlight=False, soft_wrap=True)
+        if stopped is not None:
+            console.print(f"stopped by {stopped.name}; continue with --resume")
+            raise typer.Exit(128 + stopped)
+
+
+for _task in TASKS:
+    _add_train_command(_task)
 
 
 @app.command("eval")
@@ -79,22 +91,24 @@ def evaluate_checkpoint(
     steps: Annotated[Optional[list[int]], typer.Option(  # noqa: UP045 - typer reads it at run time
         help="inner steps of WRITE; may be repeated (default: 0, 1 and as trained)")] = None,
     samples: Annotated[int, typer.Option(min=1, help="held-out contexts")] = 1024,
-    data: Annotated[Optional[Path], typer.Option(  # noqa: UP045
-        help="JSONL file to evaluate on (default: what the checkpoint was trained to be evaluated on)")] = None,
+    data: Annotated[Optional[str], typer.Option(  # noqa: UP045
+        help="file, or hub:NAME:SPLIT, to evaluate on (default: what the checkpoint was trained to be evaluated on); "
+             "kv: JSON lines")] = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Print the exact match of a checkpoint on held-out contexts."""
+    """Print the exact match and the token accuracy of a checkpoint on held-out contexts."""
     loaded = Checkpoint.load(checkpoint)
-    task = loaded.experiment.make_task() if data is None else JsonlTask(data, _tokenizer(loaded))
+    task = loaded.experiment.make_task(data)
     model = loaded.model(_device(device))
     table = Table(title=f"{checkpoint}, step {loaded.state.step}")
-    for column in ("inner steps", "exact match", "loss", "samples"):
+    for column in ("inner steps", "exact match", "token accuracy", "loss", "samples"):
         table.add_column(column, justify="right")
     for k in steps or sorted({0, 1, model.config.steps}):
         result = evaluate(model, task, samples, steps=k)
-        table.add_row(str(k), f"{result.exact_match:.4f}", f"{result.loss:.4f}", str(result.samples))
+        table.add_row(str(k), f"{result.exact_match:.4f}", f"{result.token_accuracy:.4f}", f"{result.loss:.4f}",
+                      str(result.samples))
     if isinstance(task, KVTask):
-        table.add_row("chance", f"{task.config.chance:.4f}", "", "")
+        table.add_row("chance", f"{task.config.chance:.4f}", "", "", "")
     Console().print(table)
 
 
@@ -116,7 +130,7 @@ def write(
         text = sys.stdin.read() if str(context) == "-" else context.read_text(encoding="utf-8")
     except UnicodeDecodeError as reason:
         raise DataError(f"{context}: not a text file: {reason}") from reason
-    ids = _tokenizer(loaded).encode(text.removesuffix("\n"))
+    ids = loaded.experiment.make_tokenizer().encode(text.removesuffix("\n"))
     model = loaded.model(_device(device))
     with torch.inference_mode():
         memory = model.write(torch.tensor([ids], dtype=torch.int64, device=model.memory_init.device), steps=steps)
@@ -128,19 +142,24 @@ def write(
 def read(
     checkpoint: CheckpointArgument,
     memory: Annotated[Path, typer.Argument(help="memory file")],
-    query: Annotated[list[str], typer.Option(help="what to ask, such as '?!ab:'; may be repeated")],
+    query: Annotated[list[str], typer.Option(help="what to ask, such as '?!ab:'; may be repeated, or empty")],
     max_new_tokens: Annotated[Optional[int], typer.Option(  # noqa: UP045
-        min=1, help="longest answer in tokens (default: that of the task; needed after training on files)")] = None,
+        min=1, help="longest answer in tokens (default: that of the task; needed after training on files, but for "
+                    "text)")] = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Answer queries from a memory file: one line each, the query, a tab and the answer."""
+    """Answer queries from a memory file: for each a line (or more, as its answer has) of query, tab and answer."""
     loaded = Checkpoint.load(checkpoint)
+    data = loaded.experiment.data
     if max_new_tokens is None:
-        if loaded.experiment.data.data is not None:
+        if data.task == "text":
+            max_new_tokens = data.chunk_tokens + 1
+        elif data.data is not None:
             raise DataError("--max-new-tokens: expected the length of the longest answer, got none: the model was "
                             "trained on files")
-        max_new_tokens = loaded.experiment.task.value_length + len(END)
-    tokenizer, model = _tokenizer(loaded), loaded.model(_device(device))
+        else:
+            max_new_tokens = loaded.experiment.task.value_length + len(END)
+    tokenizer, model = loaded.experiment.make_tokenizer(), loaded.model(_device(device))
     written = Memory.load(memory, model)
     if len(written) != 1:
         raise DataError(f"{memory}: expected one memory, got {len(written)}; split it with gradmem.Memory")
@@ -149,12 +168,12 @@ def read(
     for i, row in enumerate(rows):
         ids[0, i, : len(row)] = torch.tensor(row)
     lengths = torch.tensor([[len(row) for row in rows]])
-    (end,) = tokenizer.encode("|")
     answers = model.generate(
         written, ids.to(model.memory_init.device), query_lengths=lengths.to(model.memory_init.device),
-        max_new_tokens=max_new_tokens, eos_token_id=end)
+        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.end_id)
     for text, answer in zip(query, answers[0].tolist(), strict=True):
-        typer.echo(f"{text}\t{tokenizer.decode(answer).split('|')[0].removesuffix('!')}")
+        answer_text = tokenizer.answer(answer)
+        typer.echo(f"{text}\t{answer_text.removeprefix(' ') if data.task in SPACED else answer_text}")
 
 
 @app.command()
@@ -172,10 +191,6 @@ def demo(
     require_matplotlib()
     if not run_demo(Console(), out, seed):
         raise typer.Exit(1)
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    return KVTask(checkpoint.experiment.task).tokenizer
 
 
 def _device(name: str) -> torch.device:

@@ -17,16 +17,18 @@ from typer.core import TyperGroup
 from gradmem.checkpoint import TrainState
 from gradmem.config import Config, GradMemConfig, LMConfig
 from gradmem.errors import GradMemError
-from gradmem.experiment import DataConfig, TrainConfig
-from gradmem.tasks import KVConfig
+from gradmem.experiment import BackboneConfig, TrainConfig
+from gradmem.tasks import DataConfig, KVConfig
+from gradmem.tasks.files import OPTION_OF
 from gradmem.training import OnStep
 from gradmem_kernels import ArgumentError, BackendError
 
 __all__ = ["Commands", "experiment_options", "progress"]
 
 _PANELS: dict[str, type[Config]] = {"Task": KVConfig, "Data": DataConfig, "Memory": GradMemConfig, "Model": LMConfig,
-                                    "Training": TrainConfig}
-_SET_BY_TASK = "vocab_size"
+                                    "Backbone": BackboneConfig, "Training": TrainConfig}
+_SET_BY_TASK = ("vocab_size", "task")
+_OF_PAIRS = ("queries", "start_pairs", "advance_at")  # options of training that a context of one query does not have
 
 
 class Commands(TyperGroup):
@@ -40,24 +42,34 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from error
 
 
-def experiment_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives ``command`` an option for every field of the configurations; it gets those that were used as
-    ``options``, by name."""
+def experiment_options(task: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for every field of the configurations that ``task`` has; the command gets those that
+    were used, and the task, as ``options``, by name."""
     added = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
                                annotation=_option(field, get_type_hints(config)[field.name], panel))
              for panel, config in _PANELS.items() for field in dataclasses.fields(config)
-             if field.name != _SET_BY_TASK]
+             if _has(task, config, field.name)]
 
-    @functools.wraps(command)
-    def with_options(**values: Any) -> None:
-        given = {parameter.name: values.pop(parameter.name) for parameter in added}
-        command(**values, options={name: value for name, value in given.items() if value is not None})
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_options(**values: Any) -> None:
+            given = {parameter.name: values.pop(parameter.name) for parameter in added}
+            command(**values, options={"task": task,
+                                       **{name: value for name, value in given.items() if value is not None}})
 
-    signature = inspect.signature(command, eval_str=True)
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()
-           if p.name != "options"]
-    with_options.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
-    return with_options
+        signature = inspect.signature(command, eval_str=True)
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()
+               if p.name != "options"]
+        with_options.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+        return with_options
+
+    return decorate
+
+
+def _has(task: str, config: type[Config], name: str) -> bool:
+    if name in _SET_BY_TASK or OPTION_OF.get(name, task) != task:
+        return False
+    return config is not BackboneConfig if task == "kv" else config is not KVConfig and name not in _OF_PAIRS
 
 
 def _option(field: dataclasses.Field[Any], hint: Any, panel: str) -> Any:
@@ -69,9 +81,9 @@ def _option(field: dataclasses.Field[Any], hint: Any, panel: str) -> Any:
 
 
 @contextlib.contextmanager
-def progress(console: Console, max_steps: int) -> Iterator[OnStep]:
-    """A progress bar on a terminal, a line now and then elsewhere."""
-    text = "loss {loss:.3f}  exact match {average:.2f}  pairs {level}"
+def progress(console: Console, max_steps: int, *, pairs: bool = True) -> Iterator[OnStep]:
+    """A progress bar on a terminal, a line now and then elsewhere, with the number of pairs where there are some."""
+    text = "loss {loss:.3f}  exact match {average:.2f}" + ("  pairs {level}" if pairs else "")
     if not console.is_terminal:
         every = max(1, max_steps // 50)
 

@@ -1,7 +1,7 @@
 """Errors of this package. Arguments that are not what a function takes raise ``gradmem_kernels.ArgumentError``."""
 
-__all__ = ["CheckpointError", "DataError", "GradMemError", "GraphError", "MemoryFileError", "MissingExtraError",
-           "NonFiniteError"]
+__all__ = ["CheckpointError", "DataError", "GradMemError", "GraphError", "HubError", "MemoryFileError",
+           "MissingExtraError", "NonFiniteError"]
 
 
 class GradMemError(Exception):
@@ -18,6 +18,10 @@ class CheckpointError(GradMemError):
 
 class DataError(GradMemError):
     """A data file is not what the task reads."""
+
+
+class HubError(GradMemError):
+    """A model, tokenizer or data set cannot be loaded by its name."""
 
 
 class NonFiniteError(GradMemError):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gradmem.model import GradMem
-from gradmem.tasks import JsonlTask, KVTask, exact_match
+from gradmem.tasks import FileTask, KVTask, exact_match, token_accuracy
 from gradmem.tasks.batch import IGNORE
 
 __all__ = ["Evaluation", "evaluate"]
@@ -16,19 +16,29 @@ __all__ = ["Evaluation", "evaluate"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results over ``samples`` queries: mean loss per label (nats) and the fraction of exactly matched values."""
+    """Results over ``samples`` queries.
+
+    Attributes:
+        samples: queries.
+        loss: mean per label, in nats.
+        exact_match: fraction of the queries whose value tokens are all the most likely ones: those that greedy decoding
+            answers exactly.
+        token_accuracy: mean over the queries of the fraction of value tokens that are the most likely ones, given the
+            true tokens before them.
+    """
 
     samples: int
     loss: float
     exact_match: float
+    token_accuracy: float
 
 
 @torch.no_grad()
-def evaluate(model: GradMem, task: KVTask | JsonlTask, samples: int, *, steps: int | None = None,
+def evaluate(model: GradMem, task: KVTask | FileTask, samples: int, *, steps: int | None = None,
              batch_size: int = 256) -> Evaluation:
     """Writes and reads held-out contexts of ``task``, with ``steps`` inner steps (default: as trained)."""
     device = model.memory_init.device
-    queries, labels, loss, matches = 0, 0, 0.0, 0.0
+    queries, labels, loss, matches, tokens = 0, 0, 0.0, 0.0, 0.0
     for cpu_batch in task.held_out(samples, batch_size):
         batch = cpu_batch.to(device)
         memory = model.write(batch.context_ids, context_lengths=batch.context_lengths, steps=steps)
@@ -37,5 +47,6 @@ def evaluate(model: GradMem, task: KVTask | JsonlTask, samples: int, *, steps: i
                                 reduction="sum").item()
         labels += int((batch.labels != IGNORE).sum())
         matches += exact_match(logits, batch).sum().item()
+        tokens += token_accuracy(logits, batch).sum().item()
         queries += batch.labels[..., 0].numel()
-    return Evaluation(queries, loss / labels, matches / queries)
+    return Evaluation(queries, loss / labels, matches / queries, tokens / queries)

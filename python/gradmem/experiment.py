@@ -10,25 +10,32 @@ from typing import Any, cast
 import torch
 
 from gradmem.config import Config, GradMemConfig, LMConfig, option
-from gradmem.lm import CausalLM
+from gradmem.hub import load_model, load_tokenizer
+from gradmem.lm import Backbone, CausalLM, TransformersLM
 from gradmem.model import GradMem
-from gradmem.tasks import JsonlTask, KVConfig, KVTask
+from gradmem.tasks import (
+    ByteTokenizer,
+    DataConfig,
+    FileTask,
+    KVConfig,
+    KVTask,
+    PretrainedTokenizer,
+    Tokenizer,
+    read_rows,
+)
 from gradmem_kernels.checks import ArgumentError
 
-__all__ = ["DataConfig", "Experiment", "TrainConfig"]
+__all__ = ["BackboneConfig", "DataConfig", "Experiment", "TrainConfig"]
 
 
 @dataclass(frozen=True)
-class DataConfig(Config):
-    """Files to read the task from; without them it is generated."""
+class BackboneConfig(Config):
+    """A pre-trained model in place of the built-in decoder, and the tokenizer of tasks from files."""
 
-    data: str | None = option(None, "JSONL file with context, query and target to train on (default: generated pairs)")
-    eval_data: str | None = option(None, "JSONL file to evaluate on; needed with data")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.data is None) != (self.eval_data is None):
-            self.fail("eval_data", "a file where data is one, else None", self.eval_data)
+    backbone: str | None = option(None, "name or directory of a causal model of transformers, to train in place of the "
+                                        "built-in decoder")
+    tokenizer: str | None = option(None, "bytes, or name or directory of a tokenizer of transformers (default: the "
+                                         "backbone's, else bytes)")
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,13 @@ class Experiment:
     task: KVConfig
     data: DataConfig
     train: TrainConfig
+    backbone: BackboneConfig = BackboneConfig()
 
     def __post_init__(self) -> None:
+        if self.data.task == "kv":
+            for name, value in self.backbone.to_dict().items():
+                if value is not None:
+                    self.backbone.fail(name, "None where the task is kv, whose tokens are its own characters", value)
         train, generated = self.train, self.data.data is None
         keys = self.task.pairs if generated else 1
         if train.queries > keys:
@@ -97,13 +109,15 @@ class Experiment:
         parts = {part.name: _CONFIGS[part.name].from_dict(
             {f.name: options[f.name] for f in dataclasses.fields(_CONFIGS[part.name]) if f.name in options})
             for part in dataclasses.fields(cls)}
-        vocabulary = KVTask(cast(KVConfig, parts["task"])).tokenizer.vocab_size
-        model = dataclasses.replace(cast(LMConfig, parts["model"]), vocab_size=vocabulary)
-        return cls(**{**cast(dict[str, Any], parts), "model": model})
+        experiment = cls(**cast(dict[str, Any], parts))
+        model = dataclasses.replace(experiment.model, vocab_size=experiment.make_tokenizer().vocab_size)
+        return dataclasses.replace(experiment, model=model)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Experiment:
-        return cls(**{name: cast(Any, config.from_dict(values[name])) for name, config in _CONFIGS.items()})
+        # files from before there were other backbones have no such entry
+        return cls(**{name: cast(Any, config.from_dict(values[name] if name != "backbone" else values.get(name, {})))
+                      for name, config in _CONFIGS.items()})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)
@@ -112,22 +126,51 @@ class Experiment:
         """All options by name."""
         return {name: value for part in self.to_dict().values() for name, value in part.items()}
 
-    def make_task(self) -> KVTask | JsonlTask:
+    def make_tokenizer(self) -> Tokenizer:
         """
         Raises:
-            DataError: if a data file cannot be read.
+            HubError, MissingExtraError: if a tokenizer of transformers cannot be loaded.
         """
-        task = KVTask(self.task, self.train.seed)
-        if self.data.data is None:
-            return task
-        return JsonlTask(self.data.data, task.tokenizer, self.data.eval_data, self.train.seed)
+        if self.data.task == "kv":
+            return KVTask(self.task).tokenizer
+        name = self.backbone.tokenizer or self.backbone.backbone or "bytes"
+        return ByteTokenizer() if name == "bytes" else PretrainedTokenizer(load_tokenizer(name))
+
+    def make_task(self, eval_data: str | None = None) -> KVTask | FileTask:
+        """The task; with ``eval_data`` it only serves to evaluate on that file.
+
+        Raises:
+            DataError: if a data file cannot be read.
+            HubError, MissingExtraError: if a data set or a tokenizer cannot be loaded.
+        """
+        if self.data.data is None and eval_data is None:
+            return KVTask(self.task, self.train.seed)
+        tokenizer = self.make_tokenizer()
+        held_out = read_rows(eval_data or cast(str, self.data.eval_data), tokenizer, self.data)
+        rows = held_out if eval_data else read_rows(cast(str, self.data.data), tokenizer, self.data)
+        return FileTask(rows, tokenizer, held_out, self.train.seed)
 
     def make_model(self) -> GradMem:
-        """A model with initial weights that depend on the seed alone."""
+        """A model with initial weights that depend on the seed alone, and on the backbone's where one is named.
+
+        Raises:
+            HubError, MissingExtraError: if the backbone cannot be loaded.
+            ArgumentError: if it has no embeddings for some of the tokenizer's tokens.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
-            return GradMem(CausalLM(self.model), self.gradmem)
+            return GradMem(self._make_backbone(), self.gradmem)
+
+    def _make_backbone(self) -> Backbone:
+        name, tokens = self.backbone.backbone, self.model.vocab_size
+        if name is None:
+            return CausalLM(self.model)
+        backbone = TransformersLM(load_model(name))
+        rows = backbone.embed_tokens.weight.shape[0]
+        if rows < tokens:
+            self.backbone.fail("tokenizer", f"one of at most the backbone's {rows} tokens", f"{tokens} tokens")
+        return backbone
 
 
 _CONFIGS: dict[str, type[Config]] = {"model": LMConfig, "gradmem": GradMemConfig, "task": KVConfig,
-                                     "data": DataConfig, "train": TrainConfig}
+                                     "data": DataConfig, "train": TrainConfig, "backbone": BackboneConfig}

@@ -22,7 +22,7 @@ from gradmem.experiment import Experiment, TrainConfig
 from gradmem.graphs import GraphedStep, graphs_wanted
 from gradmem.metrics import MetricsLog
 from gradmem.step import StepOutput, meta_step
-from gradmem.tasks import Batch, JsonlTask
+from gradmem.tasks import Batch, FileTask
 from gradmem_kernels.ranges import named_range
 
 __all__ = ["CHECKPOINT", "METRICS", "Trainer", "learning_rate"]
@@ -64,7 +64,7 @@ class Trainer:
             [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=torch.tensor(self.config.lr, device=self.device), betas=(0.9, self.config.beta2), fused=True,
             capturable=self.device.type == "cuda")
-        digest = self.task.digest if isinstance(self.task, JsonlTask) else ""
+        digest = self.task.digest if isinstance(self.task, FileTask) else ""
         start = self.config.start_pairs or self.task.levels
         self.state = TrainState(level=start, data=digest)
         if checkpoint is None and self.model.config.recompute == "auto":
@@ -166,7 +166,8 @@ class Trainer:
         with named_range("evaluate"):
             result = evaluate(self.model, self.task, self.config.eval_samples)
         self.metrics.append({"step": self.state.step, "held_out_loss": result.loss,
-                             "held_out_exact_match": result.exact_match})
+                             "held_out_exact_match": result.exact_match,
+                             "held_out_token_accuracy": result.token_accuracy})
 
 
 def _check_finite(what: str, number: float, step: int) -> None:

@@ -1,16 +1,13 @@
-"""The key-value task, its tokenizer, and tasks read from files."""
+"""The key-value task and its tokenizer."""
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from gradmem import DataError
-from gradmem.tasks import CharTokenizer, JsonlTask, KVConfig, KVTask, exact_match, read_jsonl
+from gradmem.tasks import CharTokenizer, KVConfig, KVTask, exact_match
 from gradmem_kernels import ArgumentError
 
 
@@ -119,56 +116,3 @@ def test_tokenizer() -> None:
         tokenizer.encode("ac")
     with pytest.raises(ArgumentError, match="expected different characters"):
         CharTokenizer("aa")
-
-
-LINES = [{"context": "!a:12!|", "query": "?!a:", "target": "12!|", "id": 5},
-         {"context": "!ab:3!!b:4!|", "query": "?!ab:", "target": "3!|"},
-         {"context": "xyz", "query": "", "target": "z"}]
-
-
-def write_lines(path: Path, lines: list) -> Path:
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
-    return path
-
-
-def test_tasks_from_files(tmp_path: Path) -> None:
-    tokenizer = KVTask(KVConfig()).tokenizer
-    task = JsonlTask(write_lines(tmp_path / "data", [*LINES, ""]), tokenizer)
-    (batch,) = task.held_out(100, 10)
-    assert batch.context_lengths.tolist() == [7, 12, 3]
-    assert tokenizer.decode(batch.context_ids[1].tolist()) == "!ab:3!!b:4!|"
-    assert [tokenizer.decode(row[mask].tolist()) for row, mask in
-            zip(batch.query_ids[:, 0], batch.value_mask[:, 0], strict=True)] == ["12", "3", "z"]
-    assert [tokenizer.decode(row[row != -100].tolist()) for row in batch.labels[:, 0]] == ["12!|", "3!|", "z"]
-    assert len(task) == 3
-    assert torch.equal(task.batch(2, 5).query_ids, JsonlTask(tmp_path / "data", tokenizer).batch(2, 5).query_ids)
-    with pytest.raises(ArgumentError, match="queries=2"):
-        task.batch(0, 4, queries=2)
-    assert task.longest_context == 12
-    other = JsonlTask(write_lines(tmp_path / "other", LINES[:2]), tokenizer, tmp_path / "data")
-    assert len(other) == 3
-    assert other.digest != task.digest
-
-
-@pytest.mark.parametrize(("lines", "message"), [
-    ([], "expected at least one line"),
-    ([LINES[0], "{'context': 1}"], ":2: not JSON"),
-    ([LINES[0], "[]"], ":2: expected an object, got list"),
-    (["", {"context": "a", "query": "b"}], ":2: target: expected a string, got None"),
-    ([{**LINES[0], "query": 3}], ":1: query: expected a string, got 3"),
-    ([{**LINES[0], "context": ""}], ":1: expected a context and a value that are not empty"),
-    ([{**LINES[0], "target": "!|"}], ":1: expected a context and a value that are not empty"),
-])
-def test_bad_lines_are_refused_with_their_number(tmp_path: Path, lines: list, message: str) -> None:
-    with pytest.raises(DataError, match=re.escape(message)):
-        read_jsonl(write_lines(tmp_path / "data", lines))
-
-
-def test_bad_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        read_jsonl(tmp_path / "nothing")
-    (tmp_path / "data").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_jsonl(tmp_path / "data")
-    with pytest.raises(DataError, match=r":2: .* got '\u00e9' at position 0"):
-        JsonlTask(write_lines(tmp_path / "data", ["", {**LINES[0], "context": "\u00e9"}]), CharTokenizer("a1"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "exact_match"]
+__all__ = ["IGNORE", "Batch", "exact_match", "token_accuracy"]
 
 IGNORE = -100  # label of a position without one
 
@@ -52,3 +52,14 @@ def exact_match(logits: Tensor, batch: Batch) -> Tensor:
         batch: where the labels and the value mask are.
     """
     return ((logits.argmax(-1) == batch.labels) | ~batch.value_mask).all(-1)
+
+
+def token_accuracy(logits: Tensor, batch: Batch) -> Tensor:
+    """``[B, n]``: the fraction of the value tokens that are the most likely ones, given the true tokens before them.
+
+    Args:
+        logits: ``[B, n, T, V]``, aligned with ``batch.query_ids``.
+        batch: where the labels and the value mask are.
+    """
+    right = (logits.argmax(-1) == batch.labels) & batch.value_mask
+    return right.sum(-1) / batch.value_mask.sum(-1)

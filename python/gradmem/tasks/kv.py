@@ -11,7 +11,7 @@ one segment or several, each of which ends with ``|``; pairs and filler are spre
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from gradmem.tasks.batch import IGNORE, Batch
 from gradmem.tasks.tokenizer import CharTokenizer
 from gradmem_kernels.checks import ArgumentError
 
-__all__ = ["END", "KVConfig", "KVTask"]
+__all__ = ["END", "KVConfig", "KVTask", "KVTokenizer"]
 
 SYNTAX = "!:?|"
 END = "!|"  # follows the value in the target
@@ -57,6 +57,31 @@ class KVConfig(Config):
         return float(self.alphabet_size) ** -self.value_length
 
 
+class KVTokenizer(CharTokenizer):
+    """Characters of keys and values, and the format's own. Answers end with ``!|``, which exact match leaves out.
+
+    Args:
+        alphabet: characters of keys and values.
+    """
+
+    def __init__(self, alphabet: str) -> None:
+        super().__init__(SYNTAX + alphabet)
+        (self.end_id,) = self.encode(END[-1])
+
+    def encode_target(self, text: str) -> tuple[list[int], int]:
+        """
+        Raises:
+            ArgumentError: for a target without a value, or a character that is not in the vocabulary.
+        """
+        value = text.removesuffix(END)
+        if not value:
+            raise ArgumentError(f"KVTokenizer: target: expected a value before {END!r}, got {text!r}")
+        return self.encode(text), len(value)
+
+    def answer(self, ids: Iterable[int]) -> str:
+        return self.decode(ids).split(END[-1])[0].removesuffix(END[:-1])
+
+
 class KVTask:
     """Batches of the key-value task. Each is a function of ``seed`` and its number alone."""
 
@@ -64,7 +89,7 @@ class KVTask:
         self.config = config
         self.seed = seed
         self.alphabet = _ALPHABET[: config.alphabet_size]
-        self.tokenizer = CharTokenizer(SYNTAX + self.alphabet)
+        self.tokenizer = KVTokenizer(self.alphabet)
 
     @property
     def levels(self) -> int:
