@@ -143,7 +143,7 @@ def cuda_sources() -> list[Path]:
 
 def needs_cutlass() -> bool:
     return not cuda().reason and any(re.search(r"#include\s*<(cute|cutlass)/", path.read_text())
-                                     for path in (ROOT / "csrc" / "cuda").glob("*"))
+                                     for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file())
 
 
 def cutlass_include() -> str:

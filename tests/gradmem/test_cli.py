@@ -195,7 +195,8 @@ def test_a_missing_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: p
 def test_doctor() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
-    for word in ("torch", "safetensors", "triton", "attention", "linear_cross_entropy", "reference", "cpu"):
+    for word in ("torch", "safetensors", "triton", "attention", "linear_cross_entropy", "backends on cpu",
+                 "compiled kernels", "for CPUs", "for CUDA", "CUDA toolkit of the build", "driver"):
         assert word in result.output
 
 
