@@ -2,19 +2,22 @@
 #pragma once
 
 #include "../cpu/activation.h"
+#include "../cpu/cross_entropy.h"
 #include "../cpu/inner_sgd.h"
 #include "../cpu/norm.h"
 #include "../cpu/rotary.h"
 
 // Each kernel, and its arguments.
-#define GRADMEM_EACH_CUDA_KERNEL(F)           \
-  F(norm_forward, NormForward)                \
-  F(norm_backward, NormBackward)              \
-  F(activation_forward, ActivationForward)    \
-  F(activation_backward, ActivationBackward)  \
-  F(rotary, Rotary)                           \
-  F(inner_sgd_forward, InnerSGDForward)       \
-  F(inner_sgd_backward, InnerSGDBackward)
+#define GRADMEM_EACH_CUDA_KERNEL(F)                \
+  F(norm_forward, NormForward)                     \
+  F(norm_backward, NormBackward)                   \
+  F(activation_forward, ActivationForward)         \
+  F(activation_backward, ActivationBackward)       \
+  F(rotary, Rotary)                                \
+  F(inner_sgd_forward, InnerSGDForward)            \
+  F(inner_sgd_backward, InnerSGDBackward)          \
+  F(cross_entropy_forward, CrossEntropyForward)    \
+  F(cross_entropy_backward, CrossEntropyBackward)
 
 namespace gradmem::cuda {
 #define GRADMEM_DECLARE(kernel, Arguments) void kernel(const Arguments&);

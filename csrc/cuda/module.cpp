@@ -94,6 +94,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("toolkit") = CUDART_VERSION;
   pybind11::module_ bindings = module.def_submodule("bindings", "Without a device and a stream: not to be called.");
   gradmem::bind_rows(bindings);
+  gradmem::bind_cross_entropy(bindings);
 #define GRADMEM_BIND(kernel, Arguments) module.attr(#kernel) = gradmem::cuda::on_target(bindings.attr(#kernel));
   GRADMEM_EACH_CUDA_KERNEL(GRADMEM_BIND)
 #undef GRADMEM_BIND

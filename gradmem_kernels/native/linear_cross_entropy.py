@@ -7,30 +7,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gradmem_kernels.native.common import DTYPES, address, cpu, view
+from gradmem_kernels.native.common import DTYPES, address, launch, view
 from gradmem_kernels.native.common import refusal as refusal_of
 from gradmem_kernels.operators.linear_cross_entropy import LinearCrossEntropy, Rows
 
 
 def refusal(hidden: Tensor | None = None, *_: Tensor | None) -> str | None:
     """Why these kernels cannot serve such tensors; ``None`` if they can: on a CPU logits are never half precision."""
-    if hidden is not None and hidden.device.type != "cpu":
-        return f"these native kernels run on a CPU, not on {hidden.device.type}"
-    return refusal_of(None)
+    return refusal_of(None if hidden is not None and hidden.device.type == "cpu" else hidden)
 
 
 def _launch_forward(z: Tensor, z_t: Tensor | None, label: Tensor, a: Tensor | None, b: Tensor | None, wanted: bool,
                     row: Tensor, row_t: Tensor | None, lse: Tensor, mu: Tensor | None) -> None:
     arguments, _alive = _arguments(z, z_t, label, a, b, lse, mu)
-    cpu().cross_entropy_forward({**arguments, "row": address(row), "row_t": address(row_t), "wanted": wanted})
+    launch("cross_entropy_forward", z, {**arguments, "row": address(row), "row_t": address(row_t), "wanted": wanted})
 
 
 def _launch_backward(*tensors: Tensor | None) -> None:
     arguments, _alive = _arguments(*tensors)
-    cpu().cross_entropy_backward(arguments)
+    launch("cross_entropy_backward", tensors[0], arguments)
 
 
 def _arguments(z: Tensor, z_t: Tensor | None, label: Tensor, *stats: Tensor | None) -> tuple[dict[str, Any], Any]:
@@ -38,8 +35,7 @@ def _arguments(z: Tensor, z_t: Tensor | None, label: Tensor, *stats: Tensor | No
     # products of matrices have dense rows
     assert all(t is None or t.stride(1) == 1 or t.shape[1] == 1 for t in (z, z_t))
     dense = [None if t is None else t.contiguous() for t in (label, *stats)]
-    return {"dtype": DTYPES[z.dtype], "threads": torch.get_num_threads(), "rows": z.shape[0], "width": z.shape[1],
-            "z": view(z, 1), "z_t": view(z_t, 1),
+    return {"dtype": DTYPES[z.dtype], "rows": z.shape[0], "width": z.shape[1], "z": view(z, 1), "z_t": view(z_t, 1),
             **dict(zip(("label", "a", "b", "lse", "mu"), map(address, dense), strict=True))}, dense
 
 
