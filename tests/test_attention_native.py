@@ -148,7 +148,7 @@ def test_an_unknown_instruction_set_is_refused():
 
 def test_float16_is_refused():
     half = case("native").to(torch.float16)
-    with pytest.raises(backends.BackendError, match=r"take float64, float32, bfloat16, not torch.float16"):
+    with pytest.raises(backends.BackendError, match=r"take float64, float32, bfloat16 on a CPU, not torch.float16"):
         half.run_op(*half.inputs)
 
 
