@@ -63,7 +63,8 @@ def _check(shape: tuple[int, ...], causal: bool, seqlens: tuple[int, ...] | None
         assert torch.equal(found.isinf(), expected.isinf()), name
         finite = expected.isfinite()
         error = (found.double() - expected)[finite].norm()
-        error /= expected[finite].norm().clamp(min=1e-3 * expected.numel() ** 0.5)
+        # of one key alone, most derivatives are 0 but for the rounding of o and o_t
+        error /= expected[finite].norm().clamp(min=(1.0 if keys == 1 else 1e-3) * expected.numel() ** 0.5)
         # results are rounded to bfloat16, and so are P and dS before they are multiplied
         assert error < (6e-3 if found.dtype == torch.bfloat16 else 1e-5), f"{name}: {error:.1e}"
 
