@@ -17,10 +17,11 @@ from gradmem.cli import app
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "csrc").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"),
                 *(ROOT / "docs").rglob("*.md")])
-SOURCES = sorted(p for top in ("gradmem_kernels", "python", "benchmarks", "tests") for p in (ROOT / top).rglob("*.py"))
+SOURCES = sorted(p for top in ("gradmem_kernels", "python", "benchmarks", "examples", "tests")
+                 for p in (ROOT / top).rglob("*.py"))
 PACKAGES = ("gradmem", "gradmem_kernels", "benchmarks")
 #: Folders whose files are named from the root.
-FOLDERS = ("benchmarks", "csrc", "docs", "gradmem_kernels", "python", "tests", ".ci")
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "gradmem_kernels", "python", "tests", ".ci")
 
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4,}\S.*\n?)+", re.MULTILINE)

@@ -188,6 +188,8 @@ def test_json_lines_in_the_characters_of_keys_and_values(tmp_path: Path) -> None
     assert [tokenizer.decode(row[mask].tolist()) for row, mask in
             zip(batch.query_ids[:, 0], batch.value_mask[:, 0], strict=True)] == ["12", "3", "z"]
     assert [tokenizer.decode(row[row != -100].tolist()) for row in batch.labels[:, 0]] == ["12!|", "3!|", "z"]
+    perfect = F.one_hot(batch.query_ids, tokenizer.vocab_size).float()
+    assert token_accuracy(perfect, batch).tolist() == [[1.0]] * 3  # the end marks do not count
     assert len(task) == 3
     assert torch.equal(task.batch(2, 5).query_ids, same.batch(2, 5).query_ids)
     assert not torch.equal(task.batch(2, 5).query_ids, task.batch(3, 5).query_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,10 +70,11 @@ def test_train_eval_write_and_read(task: str, query: str, extra: dict[str, Any],
 
 
 def test_each_task_has_its_own_options(tmp_path: Path) -> None:
-    assert run("train", "squad", "--babi-facts", "all").exit_code == 2
-    assert run("train", "jsonl", "--pairs", 2).exit_code == 2
-    assert run("train", "babi", "--queries", 2).exit_code == 2
-    assert run("train", "kv", "--tokenizer", "bytes").exit_code == 2
+    for command in (("squad", "--babi-facts", "all"), ("jsonl", "--pairs", 2), ("babi", "--queries", 2),
+                    ("kv", "--tokenizer", "bytes")):
+        result = run("train", *command)
+        assert result.exit_code == 2
+        assert "No such option" in result.stderr, command
     assert "data: expected a file to train on where task is 'babi'" in refused("train", "babi", "--out", tmp_path / "x")
     story = write(tmp_path / "story", "1 Ada went\nup.")
     message = refused("train", "babi", "--out", tmp_path / "x", "--data", story, "--eval-data", story)
@@ -132,6 +134,45 @@ def test_a_model_of_transformers_with_its_tokenizer(pretrained: Path, tmp_path: 
     message = result.stderr.splitlines()[-1]  # after the progress bars of loading
     assert "tokenizer: expected one of at most the backbone's" in message
     assert message.endswith("got '258 tokens'")
+
+
+@pytest.mark.parametrize("server", ["peft", "vllm", "sglang"])
+def test_example_scripts(server: str, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                         capsys: pytest.CaptureFixture[str]) -> None:
+    """The one for peft runs; those for servers run up to what they pass to a stand-in."""
+    passed: list[Any] = []
+
+    def generate(*args: Any, **options: Any) -> Any:
+        passed.append(args[0]["prompt_embeds"] if args else torch.tensor(options["input_embeds"]))
+        output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[3, 0])])
+        return [output] if args else {"text": "attic"}
+
+    engine = SimpleNamespace(generate=generate, shutdown=lambda: None)
+    if server == "peft":
+        pytest.importorskip("peft", reason="peft is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, server, SimpleNamespace(
+            LLM=lambda **_: engine, Engine=lambda **_: engine, SamplingParams=lambda **_: None))
+    checkpoint = trained("babi", write(tmp_path / "qa", STORY), tmp_path / "run", backbone=pretrained)
+    context = write(tmp_path / "context", "Ada went to the attic.\n")
+    scripts = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(scripts)
+    monkeypatch.setattr(sys, "argv", ["", str(checkpoint), "--context", str(context), "--query", "Where is Ada?",
+                                      "--served", str(tmp_path / "served"), "--max-new-tokens", "3"])
+    capsys.readouterr()
+    runpy.run_path(str(scripts / f"read_with_{server}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+
+    model, tokenizer = Checkpoint.load(checkpoint).model(), Checkpoint.load(checkpoint).experiment.make_tokenizer()
+    memory = model.write(torch.tensor([tokenizer.encode("Ada went to the attic.")]))
+    query = torch.tensor([tokenizer.encode("Where is Ada?")])
+    if server == "peft":
+        answer = model.generate(memory, query, max_new_tokens=3, eos_token_id=tokenizer.end_id)[0].tolist()
+        assert said == f"{tokenizer.answer(answer)}\n"
+    else:
+        torch.testing.assert_close(passed[0], memory.prompt_embeds(query)[0])
+        served = hub.load_model(str(tmp_path / "served"))
+        assert torch.equal(served.get_input_embeddings().weight, model.backbone.embed_tokens.weight)
 
 
 def test_old_checkpoints_have_no_backbone() -> None:
