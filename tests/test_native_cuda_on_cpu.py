@@ -5,6 +5,7 @@ functions and CUDA itself are not tested here (tests/gpu/test_native_rows_gpu.py
 """
 
 import importlib.util
+import math
 import platform
 import sys
 import sysconfig
@@ -98,6 +99,30 @@ def test_rotary(name, dtype):
 def test_empty(name):
     for shape in ((0, 2, 3), (2, 0, 3)):
         check_empty(ROWS[name](*shape))
+
+
+@needs_module
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("width", [33, 64, 8200])
+@pytest.mark.parametrize("name", ROWS)
+def test_nothing_is_written_beside_results(name, width, monkeypatch):
+    before, guard, found = torch.Tensor.new_empty, 64, []
+
+    def guarded(like, *size, **options):
+        shape = size[0] if size and not isinstance(size[0], int) else size
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        whole = before(like, math.prod(shape) + 2 * guard, **options).fill_(7)
+        found.append(whole)
+        return whole[guard:-guard].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    one = ROWS[name](2, 3, width).to(torch.bfloat16)
+    tangents = tuple(torch.randn_like(one.inputs[i]).requires_grad_() for i in one.active)
+    x = tuple(t.requires_grad_() for t in one.inputs)
+    sum(t.sum() for t in one.run_dual(*x, *tangents)).backward()
+    one.run_op(*x).sum().backward()
+    assert found
+    assert all((edge == 7).all() for whole in found for edge in (whole[:guard], whole[-guard:]))
 
 
 @needs_module

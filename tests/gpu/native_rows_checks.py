@@ -77,14 +77,14 @@ def on(case: Case, device: str) -> Case:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """The same values, one element behind an address of whole vectors."""
-    flat = x.flatten()
-    return torch.cat([flat[:1], flat])[1:].view(x.shape) if flat.numel() else x
+    """The same values, one element behind an address of whole vectors; around them NaN, as nobody reads it."""
+    nan = x.new_full((1,), torch.nan)
+    return torch.cat([nan, x.flatten(), nan])[1:-1].view(x.shape)
 
 
 def padded(x: Tensor) -> Tensor:
-    """The same values in rows with 16 elements between them."""
-    return torch.nn.functional.pad(x, (0, 16))[..., : x.shape[-1]] if x.dim() else x
+    """The same values in rows with 16 elements between them, NaN."""
+    return torch.nn.functional.pad(x, (0, 16), value=torch.nan)[..., : x.shape[-1]] if x.dim() else x
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda x: x, "unaligned": unaligned, "padded": padded}
