@@ -142,8 +142,10 @@ def cuda_sources() -> list[Path]:
 
 
 def needs_cutlass() -> bool:
-    return not cuda().reason and any(re.search(r"#include\s*<(cute|cutlass)/", path.read_text())
-                                     for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file())
+    if cuda().reason or "90a" not in cuda().architectures:
+        return False
+    return any(re.search(r"#include\s*<(cute|cutlass)/", path.read_text())
+               for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file())
 
 
 def cutlass_include() -> str:

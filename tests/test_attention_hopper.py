@@ -40,12 +40,12 @@ def module():
 @pytest.fixture(autouse=True)
 def _on_cpu(module, monkeypatch):
     """Has these kernels serve tensors on a CPU."""
-    monkeypatch.setattr(common, "cuda", lambda: module)
     monkeypatch.setattr(common, "multiprocessors", lambda t: 2)
     monkeypatch.setattr(common, "stream", lambda t: 0)
     monkeypatch.setattr(native, "capability", lambda t: (9, 0))
     for owner in (common, native):
         monkeypatch.setattr(owner, "is_cuda", lambda t: True)
+        monkeypatch.setattr(owner, "cuda", lambda: module)
 
 
 @pytest.mark.parametrize("name", CALLS)

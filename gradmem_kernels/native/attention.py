@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmem_kernels.backend import BackendError
-from gradmem_kernels.native.common import DTYPES, address, is_cuda, launch, view
+from gradmem_kernels.native.common import DTYPES, address, cuda, is_cuda, launch, view
 from gradmem_kernels.native.common import refusal as refusal_of
 from gradmem_kernels.operators.attention import Attention, Backward, Forward, Settings, packed_rows
 from gradmem_kernels.operators.define import rows_dense
@@ -33,6 +33,8 @@ def refusal(q: Tensor | None = None, *others: Tensor | None) -> str | None:
         return "its CUDA kernels have no packing, mask or bias"
     if capability(q) != (9, 0):
         return f"its CUDA kernels run on Hopper GPUs alone, of compute capability 9.0, not {capability(q)}"
+    if not hasattr(cuda(), "attention_forward"):
+        return "this installation was compiled without sm_90a (GRADMEM_CUDA_ARCHS)"
     return None
 
 
