@@ -87,6 +87,23 @@ inline void by_vectors(Index width, F f) {
   if (j < width) f(j, width - j);
 }
 
+// Sums of vectors of a row that do not wait for each other: f(sum, place, count) adds to one of them.
+template <class A, class Sums, class F>
+inline Sums sum_of_vectors(Index width, F f) {
+  constexpr Index W = WIDTH<A>;
+  Sums sums[4] = {};
+  Index j = 0;
+  for (; j + 4 * W <= width; j += 4 * W) {
+    f(sums[0], j, Whole{});
+    f(sums[1], j + W, Whole{});
+    f(sums[2], j + 2 * W, Whole{});
+    f(sums[3], j + 3 * W, Whole{});
+  }
+  for (; j + W <= width; j += W) f(sums[0], j, Whole{});
+  if (j < width) f(sums[1], j, width - j);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // Row i of a tensor that lies as as_rows() of gradmem_kernels/operators/rows.py says; null for an absent one.
 template <class T>
 inline T* row(const View<2>& t, Index i, Index inner) {

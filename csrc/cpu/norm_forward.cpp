@@ -18,6 +18,14 @@ void add_rows(Index width, const T* x, const T* r, T* s) {
   by_vectors<Wide<T>>(width, [&](Index j, auto n) { write(s + j, read(x + j, n) + read_if(r, j, n), n); });
 }
 
+// Sums over a row, and over its tangent.
+template <class A>
+struct Pair {
+  Vec<A> of_x, of_tangent;
+
+  friend Pair operator+(Pair a, Pair b) { return {a.of_x + b.of_x, a.of_tangent + b.of_tangent}; }
+};
+
 template <class T, bool DUAL>
 void forward(const NormForward& c) {
   using A = Wide<T>;
@@ -38,21 +46,21 @@ void forward(const NormForward& c) {
     }
     A mean = 0, mean_t = 0;
     if (c.mean != nullptr) {
-      Vec<A> total{}, total_t{};
-      by_vectors<A>(width, [&](Index j, auto n) {
-        total += read(x + j, n);
-        if constexpr (DUAL) total_t += read_if(x_t, j, n);
+      const auto total = sum_of_vectors<A, Pair<A>>(width, [&](Pair<A>& add, Index j, auto n) {
+        add.of_x += read(x + j, n);
+        if constexpr (DUAL) add.of_tangent += read_if(x_t, j, n);
       });
-      mean = sum<A>(total) / A(width);
-      mean_t = sum<A>(total_t) / A(width);
+      mean = sum<A>(total.of_x) / A(width);
+      mean_t = sum<A>(total.of_tangent) / A(width);
     }
-    Vec<A> square{}, product{};
-    by_vectors<A>(width, [&](Index j, auto n) {
+    // of squares, and of products with the tangent
+    const auto total = sum_of_vectors<A, Pair<A>>(width, [&](Pair<A>& add, Index j, auto n) {
       const Vec<A> v = keep(read(x + j, n) - mean, n);
-      square += v * v;
-      if constexpr (DUAL) product += v * read_if(x_t, j, n);
+      add.of_x += v * v;
+      if constexpr (DUAL) add.of_tangent += v * read_if(x_t, j, n);
     });
-    const A rstd = 1 / std::sqrt(sum<A>(square) / A(width) + A(c.eps)), xt_n = rstd * (sum<A>(product) / A(width));
+    const A rstd = 1 / std::sqrt(sum<A>(total.of_x) / A(width) + A(c.eps));
+    const A xt_n = rstd * (sum<A>(total.of_tangent) / A(width));
     by_vectors<A>(width, [&](Index j, auto n) {
       const Vec<A> v = normalised(read(x + j, n), mean, rstd), weight = read(w + j, n), shift = read_if(bias, j, n);
       if constexpr (DUAL) {

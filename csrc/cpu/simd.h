@@ -63,9 +63,14 @@ inline Vec<T> all(T x) {
 
 template <class T>
 inline T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < WIDTH<T>; ++i) total += v[i];
-  return total;
+  T part[WIDTH<T>];
+  for (int i = 0; i < WIDTH<T>; ++i) part[i] = v[i];
+  // in pairs: sums that do not wait for each other
+#pragma GCC unroll 4
+  for (int half = WIDTH<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
 }
 
 template <class T>
