@@ -35,8 +35,8 @@ GPU_READY := $(if $(WITH),,$(INSTALLED))
 OLD_TRITON := $(VENV)/triton-3.6.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-native test-wheel sanitize lint bench compile-report gpu-attention gpu-write gpu-again tune \
-  clean
+.PHONY: help demo test test-native test-wheel sanitize lint bench compile-report compile-report-cuda gpu-attention \
+  gpu-write gpu-again tune clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
@@ -79,10 +79,14 @@ lint: $(INSTALLED) ## ruff and mypy
 bench: $(INSTALLED) ## a benchmark suite: make bench SUITE="memory --quick"
 	$(BIN)/python -m benchmarks $(SUITE)
 
-compile-report: $(INSTALLED) $(OLD_TRITON)/.installed ## what the Triton kernels compile to, against the tables
-	@# both, whatever the first finds
+compile-report: $(INSTALLED) $(OLD_TRITON)/.installed ## what kernels for GPUs compile to, against the tables
+	@# all, whatever the first finds
+	$(BIN)/python -m benchmarks compile-report --cuda $(filter --update,$(REPORT)); cuda=$$?; \
 	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m benchmarks compile-report $(REPORT); old=$$?; \
-	$(BIN)/python -m benchmarks compile-report $(REPORT) && exit $$old
+	$(BIN)/python -m benchmarks compile-report $(REPORT) && exit $$((cuda ? cuda : old))
+
+compile-report-cuda: $(INSTALLED) ## of these, the CUDA C++ kernels alone
+	$(BIN)/python -m benchmarks compile-report --cuda $(REPORT)
 
 gpu-attention: $(GPU_READY) ## on a GPU: tests, benchmarks of attention, most telling first, and of the other ops
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'

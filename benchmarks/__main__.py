@@ -17,6 +17,10 @@ DEFAULT_REPEATS = 10
 
 
 def main() -> int:
+    if sys.argv[1:3] == ["compile-report", "--cuda"]:  # reads what was compiled already
+        from benchmarks import compile_cuda
+
+        return compile_cuda.main(sys.argv[3:])
     if sys.argv[1:2] == ["compile-report"]:  # times nothing: options of its own, and it needs Triton
         from benchmarks import compile_report
 
