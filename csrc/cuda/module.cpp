@@ -23,8 +23,9 @@ void check(cudaError_t result, const char* call) {
   int knows = 0, major = 0, minor = 0;
   const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
   if (result == cudaErrorInsufficientDriver && cudaDriverGetVersion(&knows) == cudaSuccess)
-    why += "; the driver knows CUDA " + version(knows) + ", and these kernels were compiled by CUDA " +
-           version(CUDART_VERSION) + ": update the driver, or build with an older toolkit";
+    why += knows == 0 ? std::string("; there is no driver")
+                      : "; the driver knows CUDA " + version(knows) + ", and these kernels were compiled by CUDA " +
+                            version(CUDART_VERSION) + ": update the driver, or build with an older toolkit";
   const int device = target().device;
   if (result == cudaErrorNoKernelImageForDevice &&
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
