@@ -31,12 +31,18 @@ SANITIZED := $(wildcard tests/test_*_native.py) $(patsubst %,tests/test_%.py,att
   rotary linear_cross_entropy inner_sgd)
 GPU_PYTHON := $(or $(WITH),$(BIN)/python)
 GPU_READY := $(if $(WITH),,$(INSTALLED))
+# Kernels for CUDA take minutes to compile, and only a GPU runs them.
+export GRADMEM_CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
+# What the compile report has compiled, where there is nvcc, and the headers that this takes.
+CUDA_BUILD := build/cuda
+CUTLASS = $(shell $(BIN)/python -c 'from importlib.util import find_spec; \
+  print(find_spec("cutlass_library").submodule_search_locations[0])')/source/include
 # The oldest Triton that pyproject.toml allows, installed beside the environment's own.
 OLD_TRITON := $(VENV)/triton-3.6.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-native test-wheel sanitize lint bench compile-report compile-report-cuda gpu-attention \
-  gpu-write gpu-again tune clean
+.PHONY: help demo test test-native test-hopper test-wheel sanitize lint bench compile-report compile-report-cuda \
+  gpu-attention gpu-write gpu-again tune clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
@@ -55,6 +61,12 @@ test-native: $(INSTALLED) ## the tests in C++
 	@if test -f $(NATIVE)/build.ninja; then set -ex; $(BIN)/cmake --build $(NATIVE) --target cpu_tests; \
 	  $(BIN)/ctest --test-dir $(NATIVE) --output-on-failure; \
 	else echo 'nothing was compiled here: no tests in C++ (gradmem doctor says why)'; fi
+
+test-hopper: $(VENV)/.cutlass ## the attention kernels for Hopper by their sources, compiled for a CPU; needs CUDA's headers
+	@if command -v nvcc > /dev/null; then set -ex; $(BIN)/cmake -DCUTLASS_INCLUDE=$(CUTLASS) $(NATIVE); \
+	  $(BIN)/cmake --build $(NATIVE) --target hopper_on_cpu; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_attention_hopper.py; \
+	else echo 'there is no nvcc in PATH: attention for Hopper is not tested'; fi
 
 test-wheel: $(INSTALLED) ## builds a wheel from a source distribution, in isolation, and runs it elsewhere
 	GRADMEM_TEST_WHEEL=1 $(BIN)/python -m pytest -q tests/test_wheel.py
@@ -81,12 +93,19 @@ bench: $(INSTALLED) ## a benchmark suite: make bench SUITE="memory --quick"
 
 compile-report: $(INSTALLED) $(OLD_TRITON)/.installed ## what kernels for GPUs compile to, against the tables
 	@# all, whatever the first finds
-	$(BIN)/python -m benchmarks compile-report --cuda $(filter --update,$(REPORT)); cuda=$$?; \
+	$(MAKE) --no-print-directory compile-report-cuda REPORT=$(filter --update,$(REPORT)); cuda=$$?; \
 	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m benchmarks compile-report $(REPORT); old=$$?; \
 	$(BIN)/python -m benchmarks compile-report $(REPORT) && exit $$((cuda ? cuda : old))
 
-compile-report-cuda: $(INSTALLED) ## of these, the CUDA C++ kernels alone
-	$(BIN)/python -m benchmarks compile-report --cuda $(REPORT)
+compile-report-cuda: $(VENV)/.cutlass ## of these, the CUDA C++ kernels alone
+	@if command -v nvcc > /dev/null; then set -ex; \
+	  $(BIN)/cmake -S . -B $(CUDA_BUILD) -G Ninja -DGRADMEM_CUDA=ON -DCMAKE_CUDA_COMPILER=$$(command -v nvcc) \
+	    '-DCMAKE_CUDA_ARCHITECTURES=80;90a' -DCUTLASS_INCLUDE=$(CUTLASS) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir); \
+	  $(BIN)/cmake --build $(CUDA_BUILD) --target _cuda; \
+	  $(BIN)/python -m benchmarks compile-report --cuda --module $(CUDA_BUILD)/_cuda.*.so \
+	    --toolkit $$(nvcc --version | sed -n 's/.*, V\([0-9.]*\).*/\1/p') $(REPORT); \
+	else echo 'there is no nvcc in PATH: CUDA C++ kernels are not compiled'; fi
 
 gpu-attention: $(GPU_READY) ## on a GPU: tests, benchmarks of attention, most telling first, and of the other ops
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'
@@ -148,6 +167,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES) | $(BIN)/python
 	needed=$$($(BIN)/python -c 'import setuptools.build_meta as build; print(*build.get_requires_for_build_wheel())' \
 	  | tail -n 1); test -z "$$needed" || $(BIN)/pip install -c constraints.txt --no-deps "$$needed"
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.cutlass: | $(INSTALLED)
+	$(BIN)/pip install -c constraints.txt --no-deps nvidia-cutlass
 	@touch $@
 
 $(OLD_TRITON)/.installed: | $(INSTALLED)
