@@ -50,7 +50,8 @@ def test_footprint_is_what_is_alive(family: str, trained: bool) -> None:
     loss, memory, wanted = case(4, 160, trained, **FAMILIES[family])
     for mode in RECOMPUTE:
         ratio = loss.footprint(memory, steps=2, recompute=mode) / peak(loss, memory, wanted, 2, mode)
-        assert 0.8 < ratio < 1.3, (mode, ratio)
+        # "layer" is estimated as if its inner step and its outer backward were alive at once
+        assert 0.8 < ratio < (1.4 if mode == "layer" else 1.3), (mode, ratio)
 
 
 def test_footprint_grows_with_what_it_should() -> None:

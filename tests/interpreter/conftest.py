@@ -1,8 +1,10 @@
 """Tests of Triton kernels in its interpreter, in a process of their own: kernels are bound to it when decorated."""
 
+import functools
 import os
 
 import pytest
+import second_order
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
@@ -23,3 +25,10 @@ def _faster_interpreter():
     patched.setattr(function, "__call__", call_patched)
     yield
     patched.undo()
+
+
+@pytest.fixture(autouse=True)
+def _faster_gradcheck(monkeypatch):
+    """Jacobians along random directions: the interpreter takes a minute for whole ones, and values are compared too."""
+    for name in ("gradcheck", "gradgradcheck"):
+        monkeypatch.setattr(second_order, name, functools.partial(getattr(second_order, name), fast_mode=True))
