@@ -92,10 +92,12 @@ bench: $(INSTALLED) ## a benchmark suite: make bench SUITE="memory --quick"
 	$(BIN)/python -m benchmarks $(SUITE)
 
 compile-report: $(INSTALLED) $(OLD_TRITON)/.installed ## what kernels for GPUs compile to, against the tables
-	@# all, whatever the first finds
+	@# all, whatever the first finds; those of Triton, of a process each, side by side
 	$(MAKE) --no-print-directory compile-report-cuda REPORT=$(filter --update,$(REPORT)); cuda=$$?; \
-	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m benchmarks compile-report $(REPORT); old=$$?; \
-	$(BIN)/python -m benchmarks compile-report $(REPORT) && exit $$((cuda ? cuda : old))
+	mkdir -p build; \
+	PYTHONPATH=$(CURDIR)/$(OLD_TRITON) $(BIN)/python -m benchmarks compile-report $(REPORT) > build/old-triton.txt 2>&1 & \
+	$(BIN)/python -m benchmarks compile-report $(REPORT); new=$$?; \
+	wait $$!; old=$$?; cat build/old-triton.txt; exit $$((cuda ? cuda : old ? old : new))
 
 compile-report-cuda: $(VENV)/.cutlass ## of these, the CUDA C++ kernels alone
 	@if command -v nvcc > /dev/null; then set -ex; \

@@ -48,10 +48,10 @@ BACKENDS = ("triton",)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 #: Together they have every option; checks that ask the kernels a hundred times run on these.
 THOROUGH = {
-    "causal_grouped_few_queries": {"heads": (2, 1), "lengths": (1, 2), "d": 1, "causal": True},
     "window_softcap_bias_dropout": {"lengths": (2, 2), "d": 1, "window": 2, "softcap": 0.9, "bias": (1, 1, 2, 2),
                                     "dropout": 0.3, "dropout_seed": 3},
-    "packed": {"lengths": (2, 2), "d": 1, "cu_seqlens": (0, 1, 2)}}
+    "causal_grouped_few_queries": {"heads": (2, 1), "lengths": (1, 2), "d": 1, "causal": True}}
+PACKED = {"lengths": (2, 2), "d": 1, "cu_seqlens": (0, 1, 2)}
 
 
 #: Options of a call of the kernels themselves.
@@ -69,8 +69,19 @@ def test_values(check, options, backend):
     check(case(backend, **options))
 
 
-@every_check((check_dual, check_gradcheck, check_dual_gradcheck, check_transforms), **THOROUGH)
+@every_check((check_dual, check_dual_gradcheck), **THOROUGH, packed=PACKED)
 def test_thorough(check, options, backend):
+    check(case(backend, **options))
+
+
+# each takes half a minute: one that vmap folds into the batch, and one that it runs one by one
+@every_check((check_gradcheck,), packed=PACKED)
+def test_gradcheck(check, options, backend):
+    check(case(backend, **options))
+
+
+@every_check((check_transforms,), **THOROUGH)
+def test_transforms(check, options, backend):
     check(case(backend, **options))
 
 
