@@ -68,7 +68,8 @@ def _use(package, folder):
 
 
 def test_a_wheel_that_is_run_elsewhere(source, pip, tmp_path):
-    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "GRADMEM_NATIVE": "on"}  # there is no nvcc
+    # there is no nvcc
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "GRADMEM_NATIVE": "on", "GRADMEM_CUDA": "auto"}
     _run(pip, "wheel", "--no-deps", "-w", tmp_path / "wheels", source, env=environment)
     wheel, = (tmp_path / "wheels").iterdir()
     assert "-none-any" not in wheel.name
