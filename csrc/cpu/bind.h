@@ -86,6 +86,18 @@ inline void read(const py::dict& arguments, const char* name, Index (&range)[2])
 // Reads fields of c, each by its own name.
 #define GRADMEM_READ(field) read(arguments, #field, c.field);
 
+// Makes a kernel a function of the module, by what fills its arguments.
+template <class Arguments>
+void bind(py::module_& module, const char* name, void (*Kernels::*kernel)(const Arguments&),
+          void (*fill)(const py::dict&, Arguments&)) {
+  module.def(name, [kernel, fill](const py::dict& arguments) {
+    Arguments c{};
+    fill(arguments, c);
+    py::gil_scoped_release release;
+    (kernels().*kernel)(c);
+  });
+}
+
 void bind_attention(py::module_& module);
 void bind_cross_entropy(py::module_& module);
 void bind_rows(py::module_& module);

@@ -8,10 +8,8 @@
 #include "norm.h"
 #include "rotary.h"
 
-// Each kernel, and its arguments.
-#define GRADMEM_EACH_KERNEL(F)                    \
-  F(attention_forward, AttentionForward)          \
-  F(attention_backward, AttentionBackward)        \
+// Each kernel of an op on rows, and its arguments.
+#define GRADMEM_EACH_ROW_KERNEL(F)                \
   F(norm_forward, NormForward)                    \
   F(norm_backward, NormBackward)                  \
   F(activation_forward, ActivationForward)        \
@@ -21,6 +19,10 @@
   F(inner_sgd_backward, InnerSGDBackward)         \
   F(cross_entropy_forward, CrossEntropyForward)   \
   F(cross_entropy_backward, CrossEntropyBackward)
+#define GRADMEM_EACH_ATTENTION_KERNEL(F) \
+  F(attention_forward, AttentionForward) \
+  F(attention_backward, AttentionBackward)
+#define GRADMEM_EACH_KERNEL(F) GRADMEM_EACH_ROW_KERNEL(F) GRADMEM_EACH_ATTENTION_KERNEL(F)
 
 namespace gradmem {
 #define GRADMEM_DECLARE(kernel, Arguments) void kernel(const Arguments&);

@@ -68,13 +68,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     shared.row[stage][threadIdx.x] =
         n < rows ? row_sums<W>(c, sums, (Index(sample) * heads + head) * rows + n) : RowSums{};
   };
-  if (threadIdx.x == 0) {
-    Barrier::init(&shared.keys_there, 1);
-    for (auto& there : shared.rows_there) Barrier::init(&there, 1);
-    fence_barriers();
-  }
   if (tiles > 0) read_row_sums(0);
-  __syncthreads();
+  start_barriers(shared.keys_there, shared.rows_there);
   if (threadIdx.x == 0 && tiles > 0) {
     auto* there = &shared.keys_there;
     Barrier::arrive_and_expect_tx(there, (W::primal ? 4 : 2) * OWN * D * sizeof(T));

@@ -39,11 +39,10 @@ __global__ void __launch_bounds__(THREADS, 1)
   auto& shared = *reinterpret_cast<Shared<D, W>*>(shared_memory());
   const int heads = int(c.heads), rows = int(c.rows);
   const float scale = float(c.scale);
-  const int sample = blockIdx.z, head = blockIdx.y, kv_head = head / (heads / int(c.kv_heads));
-  const int block = gridDim.x - 1 - blockIdx.x, first = block * OWN;  // causal rows see more the later they are
-  const Seen see = seen(c, sample);
-  const int last_row = min(first + OWN, see.rows) - 1;
-  const int tiles = last_row < first ? 0 : (see.keys_of(last_row) + N - 1) / N;
+  const Seen see = seen(c, blockIdx.z);
+  const QueryBlock own = query_block<N>(c, see);
+  const int sample = own.sample, head = own.head, kv_head = own.kv_head, block = own.block;
+  const int first = own.first, tiles = own.tiles;
 
   const auto load_keys = [&](int tile) {
     const int stage = tile % STAGES;
@@ -57,12 +56,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if constexpr (W::primal) load(loads.k_t, shared.k_t[stage]);
     if constexpr (W::primal) load(loads.v_t, shared.v_t[stage]);
   };
-  if (threadIdx.x == 0) {
-    Barrier::init(&shared.rows_there, 1);
-    for (auto& there : shared.keys_there) Barrier::init(&there, 1);
-    fence_barriers();
-  }
-  __syncthreads();
+  start_barriers(shared.rows_there, shared.keys_there);
   if (threadIdx.x == 0 && tiles > 0) {
     auto* there = &shared.rows_there;
     Barrier::arrive_and_expect_tx(there, (2 + W::primal + W::with_a) * OWN * D * sizeof(T));

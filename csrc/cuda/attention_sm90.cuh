@@ -91,6 +91,30 @@ __device__ inline Seen seen(const Attention& c, int b) {
   return {c.seqlens != nullptr && rows == keys ? min(rows, valid) : rows, min(keys, valid), keys - rows, c.causal};
 }
 
+// What a block of threads of a launch over rows is for: a head's own rows from ``first`` on, and the tiles of N keys that
+// they see.
+struct QueryBlock {
+  int sample, head, kv_head, block, first, tiles;
+};
+
+template <int N>
+__device__ QueryBlock query_block(const Attention& c, const Seen& see) {
+  const int head = blockIdx.y, kv_head = head / (int(c.heads) / int(c.kv_heads));
+  const int block = gridDim.x - 1 - blockIdx.x, first = block * OWN;  // causal rows see more the later they are
+  const int last = min(first + OWN, see.rows) - 1;
+  return {int(blockIdx.z), head, kv_head, block, first, last < first ? 0 : (see.keys_of(last) + N - 1) / N};
+}
+
+// Barriers that one arrival, with the bytes it announces, completes; for the whole block.
+__device__ inline void start_barriers(Barrier::ValueType& own, Barrier::ValueType (&others)[STAGES]) {
+  if (threadIdx.x == 0) {
+    Barrier::init(&own, 1);
+    for (auto& there : others) Barrier::init(&there, 1);
+    fence_barriers();
+  }
+  __syncthreads();
+}
+
 // A thread's rows of sums [own, D], times a factor for each, where they are there.
 template <int D, class C>
 __device__ void write_rows(const C& sums, const float (&factor)[2], const View<3>& to, int b, int head, int first,

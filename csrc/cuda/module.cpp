@@ -81,9 +81,9 @@ const Kernels& kernels() {
     cuda_kernels.isa = "cuda";
     cuda_kernels.runs = true;
 #define GRADMEM_ADDRESS(kernel, Arguments) cuda_kernels.kernel = cuda::kernel;
-    GRADMEM_EACH_CUDA_KERNEL(GRADMEM_ADDRESS)
+    GRADMEM_EACH_ROW_KERNEL(GRADMEM_ADDRESS)
 #ifdef GRADMEM_WITH_HOPPER
-    GRADMEM_EACH_HOPPER_KERNEL(GRADMEM_ADDRESS)
+    GRADMEM_EACH_ATTENTION_KERNEL(GRADMEM_ADDRESS)
 #endif
 #undef GRADMEM_ADDRESS
     return cuda_kernels;
@@ -100,10 +100,10 @@ PYBIND11_MODULE(_cuda, module) {
   gradmem::bind_rows(bindings);
   gradmem::bind_cross_entropy(bindings);
 #define GRADMEM_BIND(kernel, Arguments) module.attr(#kernel) = gradmem::cuda::on_target(bindings.attr(#kernel));
-  GRADMEM_EACH_CUDA_KERNEL(GRADMEM_BIND)
+  GRADMEM_EACH_ROW_KERNEL(GRADMEM_BIND)
 #ifdef GRADMEM_WITH_HOPPER
   gradmem::bind_attention(bindings);
-  GRADMEM_EACH_HOPPER_KERNEL(GRADMEM_BIND)
+  GRADMEM_EACH_ATTENTION_KERNEL(GRADMEM_BIND)
 #endif
 #undef GRADMEM_BIND
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradmem_kernels.operators.define import define, like
 from gradmem_kernels.operators.rows import parts
+from gradmem_kernels.reference.visible import Settings
 
 __all__ = ["Attention", "Backward", "Forward", "Settings", "packed_rows"]
 
@@ -21,24 +22,6 @@ _AUX = "Tensor? seqlens, Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? mask,
 _OPTIONS = ("bool causal, float scale, int? window, float? softcap, float dropout, int seed, int[]? grad_rows, "
             "int[]? tangent_rows")
 _SHARED, _BROADCAST = ("cu_seqlens", "cu_seqlens_k"), ("mask", "bias")
-
-
-class Settings(NamedTuple):
-    """Everything about a call but its differentiable tensors and their cotangents."""
-
-    seqlens: Tensor | None
-    cu_seqlens: Tensor | None
-    cu_seqlens_k: Tensor | None
-    mask: Tensor | None
-    bias: Tensor | None
-    causal: bool
-    scale: float
-    window: int | None
-    softcap: float | None
-    dropout: float
-    seed: int
-    grad_rows: tuple[int, int] | None
-    tangent_rows: tuple[int, int] | None
 
 
 class Forward(NamedTuple):
