@@ -6,6 +6,7 @@ import pytest
 import torch
 from second_order import assert_close, random_like
 from test_attention import OP, case
+from test_rows_native import operators
 
 from gradmem_kernels import backend as backends
 from gradmem_kernels.native.common import refusal
@@ -155,7 +156,7 @@ def test_float16_is_refused():
 @pytest.mark.parametrize("order", ["forward", "dual_forward", "known", "backward", "dual_backward"])
 def test_opcheck(order):
     """Schema, fake kernels and dispatch of the operators are right."""
-    ops = torch.ops.gradmem
+    ops = operators("attention")
     q, k, v = (t.detach() for t in case("native", heads=(2, 1), lengths=(3, 3)).inputs)
     x_t, aux, options = (q + 1, k + 1, None), (None,) * 5, (True, 0.5, None, 0.9, 0.0, 0, None, None)
     (o, o_t), lse, mu = ops.native_attention_forward(q, k, v, *x_t, None, None, *aux, *options)

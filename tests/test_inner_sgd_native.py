@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from second_order import assert_close
-from test_rows_native import close, instruction_set, on_threads
+from test_rows_native import close, instruction_set, on_threads, operators
 
 from gradmem_kernels import backend as backends
 from gradmem_kernels.native.common import refusal
@@ -90,7 +90,7 @@ def test_every_instruction_set(rate, dtype):
 @pytest.mark.parametrize("rate", [False, True])
 def test_opcheck(clips, rate):
     """Schema, fake kernels and dispatch of the operators are right."""
-    ops = torch.ops.gradmem
+    ops = operators("inner_sgd")
     memory, grad, grad_t, a, b = torch.randn(5, 2, 3).unbind(0)
     rates = torch.randn(2, 2, 1).unbind(0) if rate else (None, None)
     options = (0.3, clips.get("clip_value"), clips.get("clip_norm"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from second_order import assert_close
-from test_rows_native import close, instruction_set, on_threads
+from test_rows_native import close, instruction_set, on_threads, operators
 
 from gradmem_kernels.native.common import refusal
 from gradmem_kernels.reference.linear_cross_entropy import RowKernels
@@ -96,7 +96,7 @@ def test_opcheck(dual):
     """Schema, fake kernels and dispatch of the operators are right."""
     z, z_t, label, a, b = tensors((3, 5))
     z_t, b = (z_t, b) if dual else (None, None)
-    ops = torch.ops.gradmem
+    ops = operators("linear_cross_entropy")
     torch.library.opcheck(ops.native_cross_entropy_forward.default, (z, z_t, label, a, b, True))
     mu = b if dual else None
     torch.library.opcheck(ops.native_cross_entropy_backward.default, (z, z_t, label, a, b, z[:, :1].clone(), mu))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -197,19 +198,25 @@ def test_infinite_and_missing_values():
     torch.testing.assert_close(y, torch.tensor([nan, inf, 0.0, 1e30, 0.0]), equal_nan=True)
 
 
+def operators(op):
+    """Those of PyTorch that run native kernels, which a call of the op would make."""
+    importlib.import_module(f"gradmem_kernels.native.{op}")
+    return torch.ops.gradmem
+
+
 @pytest.mark.parametrize("order", ["forward", "dual_forward", "backward", "dual_backward", "double_backward"])
 def test_opcheck_of_norms(order):
     """Schema, fake kernels and dispatch of the operators are right."""
     (x, x_t, a, b, r), (w, w_t, c, c_t) = torch.randn(5, 2, 3).unbind(0), torch.randn(4, 3).unbind(0)
     if order.endswith("forward"):
         tangents = (x_t, w_t, None) if order == "dual_forward" else (None,) * 3
-        torch.library.opcheck(torch.ops.gradmem.native_norm_forward.default,
+        torch.library.opcheck(operators("rms_norm").native_norm_forward.default,
                               (x, w, c, *tangents, r, None, 1e-5, True))
         return
     rstd, mean = torch.rand(2, 2, 1).unbind(0)
     dual = order != "backward"
     torch.library.opcheck(
-        torch.ops.gradmem.native_norm_backward.default,
+        operators("rms_norm").native_norm_backward.default,
         (x, w, *((x_t, w_t, c_t) if dual else (None,) * 3), rstd, mean, a if order == "dual_backward" else None, b,
          None, None, [dual, order == "dual_backward"], order == "double_backward", [dual, dual, not dual, not dual]))
 
@@ -219,11 +226,11 @@ def test_opcheck_of_activations(order):
     gate, up, gate_t, up_t, a, b = torch.randn(6, 2, 3).unbind(0)
     if order.endswith("forward"):
         tangents = (gate_t, None) if order == "dual_forward" else (None, None)
-        torch.library.opcheck(torch.ops.gradmem.native_activation_forward.default, (gate, up, *tangents, "silu"))
+        torch.library.opcheck(operators("swiglu").native_activation_forward.default, (gate, up, *tangents, "silu"))
         return
     dual = order != "backward"
     torch.library.opcheck(
-        torch.ops.gradmem.native_activation_backward.default,
+        operators("swiglu").native_activation_backward.default,
         (gate, up, *((gate_t, up_t) if dual else (None, None)), a if order == "dual_backward" else None, b,
          [dual, dual], [order != "double_backward", False], order == "double_backward", "silu"))
 
@@ -231,4 +238,4 @@ def test_opcheck_of_activations(order):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_rotary(transposed):
     x, tables = torch.randn(2, 3, 2, 5), torch.randn(2, 3, 2)
-    torch.library.opcheck(torch.ops.gradmem.native_rotary.default, (x.transpose(1, 2), *tables.unbind(0), transposed))
+    torch.library.opcheck(operators("rotary").native_rotary.default, (x.transpose(1, 2), *tables.unbind(0), transposed))

@@ -17,7 +17,7 @@ from gradmem_kernels.autograd import Flags, Kernels, Tensors
 from gradmem_kernels.backend import BackendError
 from gradmem_kernels.reference.common import is_wrapped
 
-__all__ = ["CHOICES", "DEFAULTS", "Vendor", "choose"]
+__all__ = ["CHOICES", "DEFAULTS", "Vendor", "automatic_choice", "choose"]
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
@@ -132,6 +132,11 @@ CHOICES = ("own", *VENDORS)
 DEFAULTS: Mapping[str, str] = {"cpu": "cpu_flash", "cuda": "flash"}
 
 
+def automatic_choice(kernels: Kernels, device: torch.device) -> str:
+    """Who runs the first order on a device where nobody was asked for, ``"own"`` or a vendor that may not serve."""
+    return "own" if getattr(kernels, "FASTEST_FIRST_ORDER", False) else DEFAULTS.get(device.type, "own")
+
+
 def choose(name: str | None, kernels: Kernels, x: tuple[Tensor, Tensor, Tensor], aux: Tensors,
            options: Mapping[str, Any], *, automatic: bool) -> Kernels:
     """The kernels with the first order that ``name`` asks for; ``automatic``: ``None`` may choose a vendor.
@@ -139,8 +144,7 @@ def choose(name: str | None, kernels: Kernels, x: tuple[Tensor, Tensor, Tensor],
     Raises:
         BackendError: if the vendor asked for cannot serve the call, with the reason.
     """
-    automatic = automatic and not getattr(kernels, "FASTEST_FIRST_ORDER", False)
-    vendor = name or (DEFAULTS.get(x[0].device.type, "own") if automatic else "own")
+    vendor = name or (automatic_choice(kernels, x[0].device) if automatic else "own")
     if vendor == "own":
         return kernels
     reason = _refusal(vendor, x, aux, options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -14,7 +16,8 @@ from gradmem_kernels import backend
 from gradmem_kernels.native.build_info import build_info, missing
 from gradmem_kernels.native.common import cpu
 from gradmem_kernels.native.driver import driver, too_old
-from gradmem_kernels.vendor.attention import DEFAULTS
+from gradmem_kernels.native.kernel_attributes import KernelAttributes, kernel_attributes
+from gradmem_kernels.vendor.attention import automatic_choice
 
 __all__ = ["doctor"]
 
@@ -43,12 +46,14 @@ def doctor(console: Console) -> None:
         table = Table(title=f"backends on {device} ({description}), float32")
         for column in ("op", "backend", "why"):
             table.add_column(column)
-        for choice in backend.explain(torch.zeros(1, device=device)):
+        like = torch.zeros(1, device=device)
+        for choice in backend.explain(like):
             table.add_row(*choice)
         console.print(table)
         if backend.requested() is None:
-            first_order = DEFAULTS.get(device.partition(":")[0], "own")
-            console.print(f"attention's first order on {device}: {first_order} where it serves")
+            first_order = automatic_choice(backend.select("attention", None, like), like.device)
+            console.print(f"attention's first order on {device}: "
+                          f"{'its own kernels' if first_order == 'own' else f'{first_order} where it serves'}")
 
 
 def _compiled() -> Table:
@@ -64,6 +69,8 @@ def _compiled() -> Table:
     architectures = f"compiled for {', '.join(info.get('cuda_architectures', ()))}"
     table.add_row("for CUDA", missing("_cuda") or old or architectures)
     table.add_row("CUDA toolkit of the build", toolkit or "none")
+    for architecture, kernels in _attributes().items():
+        table.add_row(f"CUDA kernels, {architecture}", kernels)
     table.add_row("driver", "none" if found is None else old or f"for CUDA {found[0]}.{found[1]}")
     for name in ("python", "platform", "compiler", "pybind11", "cmake"):
         if name in info:
@@ -72,6 +79,23 @@ def _compiled() -> Table:
         if name.startswith("flags"):
             table.add_row(name, value)
     return table
+
+
+def _attributes() -> dict[str, str]:
+    """For each architecture of the CUDA module, what its kernels take; all of them: ``compile-report --cuda``."""
+    spec = find_spec("gradmem_kernels.native._cuda")
+    if spec is None or spec.origin is None:
+        return {}
+    try:
+        kernels = kernel_attributes(Path(spec.origin))
+    except FileNotFoundError as error:
+        return {"attributes": str(error)}
+    by_architecture: dict[str, list[KernelAttributes]] = {}
+    for name, kernel in kernels.items():
+        by_architecture.setdefault(name.rpartition(" ")[2], []).append(kernel)
+    return {architecture: f"{len(found)}, each {min(registers)} to {max(registers)} registers and at most "
+                          f"{max(k.stack for k in found)} bytes of stack per thread"
+            for architecture, found in by_architecture.items() if (registers := [k.registers for k in found])}
 
 
 def _version(name: str) -> str:

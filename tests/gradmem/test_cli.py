@@ -192,14 +192,6 @@ def test_a_missing_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "run").exists()
 
 
-def test_doctor() -> None:
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
-    assert result.exit_code == 0, result.output
-    for word in ("torch", "safetensors", "triton", "attention", "linear_cross_entropy", "backends on cpu",
-                 "compiled kernels", "for CPUs", "for CUDA", "CUDA toolkit of the build", "driver"):
-        assert word in result.output
-
-
 def test_demo_with_a_recipe_that_learns_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dataclasses.replace(demo.Recipe(), hidden_size=8, num_layers=1, intermediate_size=8, batch_size=4,
                                  max_steps=2)
