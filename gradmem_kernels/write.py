@@ -13,17 +13,16 @@ from torch.autograd import Function, forward_ad
 
 from gradmem_kernels import backend as backends
 from gradmem_kernels.autograd import last_derivative
-from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
+from gradmem_kernels.checks import FLOAT_DTYPES, Checker
 from gradmem_kernels.closure import ClosedOver
-from gradmem_kernels.inner_sgd import inner_sgd
+from gradmem_kernels.learning_rates import LearningRate, check_rates
 from gradmem_kernels.ranges import named_range
 from gradmem_kernels.recompute import RECOMPUTE, resolve_recompute
+from gradmem_kernels.update_rules import SGD, Update
 
 __all__ = ["WriteOutput", "write"]
 
 Memory = Tensor | tuple[Tensor, ...]
-LearningRate = float | Tensor | tuple[float | Tensor, ...]
-Update = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], int], tuple[Tensor, ...]]
 
 ORDERS = ("none", "first", "second")
 
@@ -47,7 +46,7 @@ class WriteOutput(NamedTuple):
         return self.grad_norms.isfinite().all(0)
 
 
-def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: LearningRate | None,
+def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: LearningRate | None = None,
           params: Sequence[Tensor] | None = None, order: str = "second", second_order_steps: int | None = None,
           recompute: str = "step", clip_value: float | None = None, clip_norm: float | None = None,
           update: Update | None = None) -> WriteOutput:
@@ -68,7 +67,7 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
         steps: number of steps K, >= 0. With 0 the memory comes back unchanged.
         lr: a number, finite and >= 0; a 1-D tensor of length ``steps``; a tensor that broadcasts to the memory, of its
             rank, optionally preceded by a dimension of length ``steps``; for tuple memory also a tuple of these.
-            ``None`` if ``update`` is given.
+            ``None`` with ``update``, which has its own.
         params: the tensors, leaves or not, that the loss closes over and meta-gradients reach. ``None``: leaves are
             found in the loss's graph. A tensor that requires grad and is neither found nor given is refused by name.
         order: ``"second"``: exact. ``"first"``: each step's gradient is a constant. ``"none"``: memory, ``lr`` and
@@ -80,9 +79,10 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
             Recomputation replays the CPU's and the memory's device's random numbers and the autocast state.
         clip_value: clamps each entry of the gradient to ``[-clip_value, clip_value]``, before ``clip_norm``.
         clip_norm: scales a sample's gradient, per memory tensor, by ``c / (|g| + 1e-6)`` where its norm exceeds ``c``.
-        update: ``update(state, grads, k) -> state`` replaces the rule and is differentiated too. ``state`` is a tuple
-            that begins with the memory tensors; it starts as ``update.init(memory)`` where there is one, else as the
-            memory.
+        update: ``update(state, grads, k) -> state`` replaces the rule and is differentiated too: :class:`Momentum` and
+            :class:`Adam` are such rules. ``state`` is a tuple that begins with the memory tensors; it starts as
+            ``update.init(memory)`` where there is one, else as the memory. ``update.check(memory, steps)``, where there
+            is one, is called first.
 
     Returns:
         A :class:`WriteOutput`.
@@ -94,8 +94,8 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
 
     Source: Kuratov et al., GradMem, arXiv 2603.13875; the second-order step on dual numbers in docs/write.md.
     """
-    tensors, rates = _check(loss_fn, memory, steps, lr, params, order, second_order_steps, recompute, clip_value,
-                            clip_norm, update)
+    tensors, update = _check(loss_fn, memory, steps, lr, params, order, second_order_steps, recompute, clip_value,
+                             clip_norm, update)
     second_from = 0 if second_order_steps is None else max(0, steps - second_order_steps)
     outer_grad = torch.is_grad_enabled()
 
@@ -106,24 +106,19 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
         if recompute == "auto":
             recompute = resolve_recompute(loss_fn, *state, steps=steps) if outer_grad else "step"
         gradient = _Gradient(loss_fn, params, steps, recompute, outer_grad)
-        if order == "none":
-            state = tuple(t.detach() for t in state)
-            rates = tuple(r.detach() if isinstance(r, Tensor) else r for r in rates)
-        if update is not None and hasattr(update, "init"):
-            state = tuple(update.init(state))
+        attached = outer_grad and order != "none"
+        with torch.set_grad_enabled(attached):
+            state = tuple(update.init(state)) if hasattr(update, "init") else state
         losses, norms = [], []
         for k in range(steps):
+            state = state if attached else _detached(state)
             with named_range("write step", k):
                 loss, grads = gradient(k, state[: len(tensors)], order == "second" and k >= second_from)
                 losses.append(loss)
                 norms.append(_sample_norms(grads))
-                with torch.set_grad_enabled(outer_grad and order != "none"):
-                    if update is None:
-                        state = tuple(
-                            inner_sgd(m, g, _rate(rates[i], k, m), clip_value=clip_value, clip_norm=clip_norm)
-                            for i, (m, g) in enumerate(zip(state, grads, strict=True)))
-                    else:
-                        state = _checked_state(update(state, grads, k), tensors)
+                with torch.set_grad_enabled(attached):
+                    state = _checked_state(update(state, grads, k), tensors)
+        state = state if attached else _detached(state)
     written = state[: len(tensors)] if isinstance(memory, tuple) else state[0]
     none = tensors[0].new_zeros(0, tensors[0].shape[0])
     return WriteOutput(written, torch.stack(losses) if losses else none, torch.stack(norms) if norms else none)
@@ -311,12 +306,9 @@ def _sample_norms(grads: Sequence[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
-def _rate(rate: float | Tensor, k: int, memory: Tensor) -> float | Tensor:
-    """The learning rate of step ``k``."""
-    if not isinstance(rate, Tensor):
-        return rate
-    per_step = rate.dim() == 1 or rate.dim() == memory.dim() + 1
-    return (rate[k] if per_step else rate).to(memory.dtype)
+def _detached(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    # what a rule computes here has no graph, but it may hand out a tensor that it holds
+    return tuple(t.detach() if isinstance(t, Tensor) else t for t in state)
 
 
 def _checked_loss(loss: Any, memory: Sequence[Tensor]) -> Tensor:
@@ -334,16 +326,17 @@ def _checked_state(state: Any, memory: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not isinstance(state, tuple) or len(state) < len(memory):
         check.fail("update", f"a tuple that begins with the {len(memory)} memory tensor(s)", type(state).__name__)
     for new, old in zip(state, memory, strict=False):
-        if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
-            check.fail("update", f"memory of shape {list(old.shape)} and dtype {old.dtype}",
-                       f"shape {list(new.shape)} and dtype {new.dtype}" if isinstance(new, Tensor) else new)
+        if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+            check.fail("update", f"memory of shape {list(old.shape)} and dtype {old.dtype} on {old.device}",
+                       f"shape {list(new.shape)} and dtype {new.dtype} on {new.device}" if isinstance(new, Tensor)
+                       else new)
     return state
 
 
 def _check(loss_fn: Any, memory: Memory, steps: int, lr: LearningRate | None, params: Sequence[Tensor] | None,
            order: str, second_order_steps: int | None, recompute: str, clip_value: float | None,
-           clip_norm: float | None, update: Update | None) -> tuple[tuple[Tensor, ...], tuple[float | Tensor, ...]]:
-    """Checks every argument; returns the memory tensors and the learning rate of each."""
+           clip_norm: float | None, update: Update | None) -> tuple[tuple[Tensor, ...], Update]:
+    """Checks every argument; returns the memory tensors and the rule."""
     check = Checker("write")
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         check.fail("loss_fn", "a call outside torch.func transforms and forward mode", "a call inside one",
@@ -378,13 +371,20 @@ def _check(loss_fn: Any, memory: Memory, steps: int, lr: LearningRate | None, pa
         if clip is not None:
             check.number(name, clip, above=0.0)
     if update is None:
-        return tensors, _check_lr(check, lr, tensors, isinstance(memory, tuple), steps)
+        if lr is None:
+            check.fail("lr", "a number or a tensor", None, "only update= goes without")
+        check_rates(check, lr, memory, steps)
+        return tensors, SGD(lr, clip_value=clip_value, clip_norm=clip_norm)
     for name, given in (("lr", lr), ("clip_value", clip_value), ("clip_norm", clip_norm)):
         if given is not None:
             check.fail(name, "None with update=, whose business it is", given)
     if not callable(update):
         check.fail("update", "a callable", type(update).__name__)
-    return tensors, ()
+    if isinstance(update, type):
+        check.fail("update", "a rule", f"the class {update.__name__}", f"make one: {update.__name__}(lr=...)")
+    if hasattr(update, "check"):
+        update.check(memory, steps)
+    return tensors, update
 
 
 def _check_memory(check: Checker, memory: Memory) -> tuple[Tensor, ...]:
@@ -397,32 +397,3 @@ def _check_memory(check: Checker, memory: Memory) -> tuple[Tensor, ...]:
         if t.dim() < 2:
             check.fail(name, "rank 2 or more, batch first", f"rank {t.dim()}")
     return tensors
-
-
-def _check_lr(check: Checker, lr: LearningRate | None, memory: tuple[Tensor, ...], as_tuple: bool,
-              steps: int) -> tuple[float | Tensor, ...]:
-    if lr is None:
-        check.fail("lr", "a number or a tensor", None, "only update= goes without")
-    if isinstance(lr, tuple) and (not as_tuple or len(lr) != len(memory)):
-        check.fail("lr", f"a tuple of {len(memory)} for a memory of as many tensors" if as_tuple
-                   else "no tuple, as memory is one tensor", f"a tuple of {len(lr)}")
-    rates = lr if isinstance(lr, tuple) else (lr,) * len(memory)
-    for i, (rate, m) in enumerate(zip(rates, memory, strict=True)):
-        name = f"lr[{i}]" if isinstance(lr, tuple) else "lr"
-        if not isinstance(rate, Tensor):
-            check.number(name, rate, minimum=0.0)
-            continue
-        if rate.dim() == 1:
-            check.sizes["steps"] = steps
-            check.tensor(name, rate, ("steps",), dtypes=FLOAT_DTYPES, remedy="a 1-D lr has one entry for each step")
-        else:
-            shape = rate.shape[1:] if rate.dim() == m.dim() + 1 else rate.shape
-            fits = len(shape) in (0, m.dim()) and all(a in (1, b) for a, b in zip(shape, m.shape, strict=False))
-            if not fits or not rate.is_floating_point() or (rate.dim() > m.dim() and rate.shape[0] != steps):
-                check.fail(name, f"a floating-point tensor that broadcasts to the memory, {list(m.shape)}, optionally "
-                           f"behind a dimension of steps={steps}", f"{rate.dtype} of shape {list(rate.shape)}")
-        if rate.device != m.device:
-            check.fail(name, f"the device of the memory, {m.device}", rate.device)
-        if check_values(rate) and not bool(rate.detach().isfinite().all()):
-            check.fail(name, "finite values", "NaN or infinity")
-    return rates
