@@ -15,9 +15,13 @@ from gradmem_kernels.prefix import Prefix
 
 def write(loss_fn: Callable[..., Tensor], memory: tuple[Tensor, ...], *, steps: int,
           lr: Callable[[int, int], Any], order: str = "second", second_order_steps: int | None = None,
-          clip_value: float | None = None, clip_norm: float | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """``lr(k, i)`` is the learning rate of step ``k`` and memory tensor ``i``. Returns memory, losses, norms."""
+          clip_value: float | None = None, clip_norm: float | None = None,
+          direction: Callable[[list[Tensor], Tensor], Tensor] = lambda grads, m: grads[-1],
+          ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """``lr(k, i)`` is the learning rate of step ``k`` and memory tensor ``i``; a step goes along ``direction`` of the
+    clipped gradients until then and the memory. Returns memory, losses, norms."""
     losses, norms = [], []
+    clipped: list[list[Tensor]] = [[] for _ in memory]
     if order == "none":
         memory = tuple(m.detach() for m in memory)
     memory = tuple(m if m.requires_grad else m.requires_grad_() for m in memory)
@@ -35,7 +39,8 @@ def write(loss_fn: Callable[..., Tensor], memory: tuple[Tensor, ...], *, steps: 
             if clip_norm is not None:
                 norm = g.flatten(1).norm(dim=1).view(-1, *(1,) * (g.dim() - 1))
                 g = torch.where(norm > clip_norm, g * clip_norm / (norm + 1e-6), g)
-            m = m - lr(k, i) * g
+            clipped[i].append(g)
+            m = m - lr(k, i) * direction(clipped[i], m)
             stepped.append(m.detach().requires_grad_() if order == "none" else m)
         memory = tuple(stepped)
     return memory, torch.stack(losses), torch.stack(norms)
