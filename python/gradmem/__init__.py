@@ -18,9 +18,10 @@ from gradmem.graphs import GraphedStep, GraphedWrite
 from gradmem.lm import CausalLM, TransformersLM
 from gradmem.memory import Memory, Provenance
 from gradmem.model import GradMem, GradMemOutput
+from gradmem.own_forward import OwnForwardLM
 from gradmem.training import Trainer
 
 __all__ = ["BackboneConfig", "CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError", "Evaluation",
            "Experiment", "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "GraphError", "GraphedStep",
            "GraphedWrite", "HubError", "LMConfig", "Memory", "MemoryFileError", "MissingExtraError", "NonFiniteError",
-           "Provenance", "TrainConfig", "Trainer", "TransformersLM", "evaluate"]
+           "OwnForwardLM", "Provenance", "TrainConfig", "Trainer", "TransformersLM", "evaluate"]

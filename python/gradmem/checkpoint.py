@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradmem.baselines import Model
 from gradmem.errors import CheckpointError
 from gradmem.experiment import Experiment
 from gradmem.files import load_tensors, save_tensors
@@ -77,7 +78,19 @@ class Checkpoint:
             raise CheckpointError(f"{path}: not a valid checkpoint: {reason}") from reason
 
     def model(self, device: torch.device | str = "cpu") -> GradMem:
-        """The trained model."""
+        """The trained model, where it is one that writes memories.
+
+        Raises:
+            CheckpointError: for one that reads whole contexts.
+        """
+        model = self.trained(device)
+        if not isinstance(model, GradMem):
+            raise CheckpointError(f"{self.path}: expected a model that writes memories, got one trained with writer="
+                                  f"{self.experiment.writer.writer!r}, which can only be evaluated")
+        return model
+
+    def trained(self, device: torch.device | str = "cpu") -> Model:
+        """The trained model, baselines without a memory included."""
         model = self.experiment.make_model()
         self.restore(model)
         return model.to(device)

@@ -89,7 +89,7 @@ for _task in TASKS:
 def evaluate_checkpoint(
     checkpoint: CheckpointArgument,
     steps: Annotated[Optional[list[int]], typer.Option(  # noqa: UP045 - typer reads it at run time
-        help="inner steps of WRITE; may be repeated (default: 0, 1 and as trained)")] = None,
+        help="inner steps of WRITE; may be repeated (default: 0, 1 and as trained; 0 for a writer without)")] = None,
     samples: Annotated[int, typer.Option(min=1, help="held-out contexts")] = 1024,
     data: Annotated[Optional[str], typer.Option(  # noqa: UP045
         help="file, or hub:NAME:SPLIT, to evaluate on (default: what the checkpoint was trained to be evaluated on); "
@@ -99,11 +99,11 @@ def evaluate_checkpoint(
     """Print the exact match and the token accuracy of a checkpoint on held-out contexts."""
     loaded = Checkpoint.load(checkpoint)
     task = loaded.experiment.make_task(data)
-    model = loaded.model(_device(device))
+    model = loaded.trained(_device(device))
     table = Table(title=f"{checkpoint}, step {loaded.state.step}")
     for column in ("inner steps", "exact match", "token accuracy", "loss", "samples"):
         table.add_column(column, justify="right")
-    for k in steps or sorted({0, 1, model.config.steps}):
+    for k in steps or sorted({0, min(1, model.config.steps), model.config.steps}):
         result = evaluate(model, task, samples, steps=k)
         table.add_row(str(k), f"{result.exact_match:.4f}", f"{result.token_accuracy:.4f}", f"{result.loss:.4f}",
                       str(result.samples))

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
+from gradmem.baselines import WriterConfig
 from gradmem.checkpoint import TrainState
 from gradmem.config import Config, GradMemConfig, LMConfig
 from gradmem.errors import GradMemError
@@ -25,8 +26,9 @@ from gradmem_kernels import ArgumentError, BackendError
 
 __all__ = ["Commands", "experiment_options", "progress"]
 
-_PANELS: dict[str, type[Config]] = {"Task": KVConfig, "Data": DataConfig, "Memory": GradMemConfig, "Model": LMConfig,
-                                    "Backbone": BackboneConfig, "Training": TrainConfig}
+_PANELS: dict[str, type[Config]] = {"Task": KVConfig, "Data": DataConfig, "Writer": WriterConfig,
+                                    "Memory": GradMemConfig, "Model": LMConfig, "Backbone": BackboneConfig,
+                                    "Training": TrainConfig}
 _SET_BY_TASK = ("vocab_size", "task")
 _OF_PAIRS = ("queries", "start_pairs", "advance_at")  # options of training that a context of one query does not have
 

@@ -48,8 +48,9 @@ class Config:
                 raise ArgumentError(f"{cls.__name__}: {name}: expected one of {', '.join(sorted(known))}")
         return cls(**values)
 
-    def fail(self, argument: str, expected: str, got: object) -> None:
-        raise ArgumentError(f"{type(self).__name__}: {argument}: expected {expected}, got {got!r}")
+    def fail(self, argument: str, expected: str, got: object, remedy: str = "") -> None:
+        raise ArgumentError(f"{type(self).__name__}: {argument}: expected {expected}, got {got!r}"
+                            f"{'; ' if remedy else ''}{remedy}")
 
     def _checked(self, field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         kinds = get_args(hint) or (hint,)

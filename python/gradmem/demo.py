@@ -71,6 +71,8 @@ def run_demo(console: Console, out: Path, seed: int, recipe: Recipe | None = Non
                   f"{recipe.steps} gradient steps; seed {seed}")
     started = time.perf_counter()
     trainer = Trainer(experiment, out)
+    model = trainer.model
+    assert isinstance(model, GradMem)  # the recipe's writer
     with progress(console, recipe.max_steps) as on_step:
         stopped = trainer.run(on_step)
     if stopped is not None:
@@ -82,10 +84,10 @@ def run_demo(console: Console, out: Path, seed: int, recipe: Recipe | None = Non
 
     console.rule("2. compare, on held-out contexts")
     task = KVTask(experiment.task, seed)
-    reached = _compare(console, trainer.model, task)
+    reached = _compare(console, model, task)
 
     console.rule("3. write one context, forget it, answer in a new process")
-    _answer_elsewhere(console, trainer.model, task, out)
+    _answer_elsewhere(console, model, task, out)
     if reached < REQUIRED:
         console.print(f"exact match {reached:.3f} is below {REQUIRED:.2f}", style="bold red")
     return reached >= REQUIRED

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gradmem.model import GradMem
+from gradmem.baselines import Model
 from gradmem.tasks import FileTask, KVTask, exact_match, token_accuracy
 from gradmem.tasks.batch import IGNORE
 
@@ -34,15 +34,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: GradMem, task: KVTask | FileTask, samples: int, *, steps: int | None = None,
+def evaluate(model: Model, task: KVTask | FileTask, samples: int, *, steps: int | None = None,
              batch_size: int = 256) -> Evaluation:
     """Writes and reads held-out contexts of ``task``, with ``steps`` inner steps (default: as trained)."""
-    device = model.memory_init.device
+    device = next(model.parameters()).device
     queries, labels, loss, matches, tokens = 0, 0, 0.0, 0.0, 0.0
     for cpu_batch in task.held_out(samples, batch_size):
         batch = cpu_batch.to(device)
         memory = model.write(batch.context_ids, context_lengths=batch.context_lengths, steps=steps)
-        logits = model.read(memory, batch.query_ids)
+        logits = model.read(memory, batch.query_ids)  # type: ignore[arg-type] # each reads what it wrote
         loss += F.cross_entropy(logits.float().flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORE,
                                 reduction="sum").item()
         labels += int((batch.labels != IGNORE).sum())

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 
+from gradmem.baselines import Model, WriterConfig, make_model
 from gradmem.config import Config, GradMemConfig, LMConfig, option
 from gradmem.hub import load_model, load_tokenizer
 from gradmem.lm import Backbone, CausalLM, TransformersLM
-from gradmem.model import GradMem
 from gradmem.tasks import (
     ByteTokenizer,
     DataConfig,
@@ -81,8 +81,10 @@ class Experiment:
     data: DataConfig
     train: TrainConfig
     backbone: BackboneConfig = BackboneConfig()
+    writer: WriterConfig = dataclasses.field(default_factory=WriterConfig)
 
     def __post_init__(self) -> None:
+        self.writer.check(self.gradmem)
         if self.data.task == "kv":
             for name, value in self.backbone.to_dict().items():
                 if value is not None:
@@ -97,7 +99,8 @@ class Experiment:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Experiment:
-        """From option names, which differ between the configurations; the vocabulary follows from the task.
+        """From option names, which differ between the configurations; the vocabulary follows from the task, and the
+        number of inner steps is 0 by default where the writer takes none.
 
         Raises:
             ArgumentError: for a value its option does not take.
@@ -106,6 +109,8 @@ class Experiment:
         for name in options:
             if name not in known:
                 raise ArgumentError(f"Experiment: {name}: expected one of {', '.join(sorted(known))}")
+        writer = WriterConfig.from_dict({name: options[name] for name in ("writer",) if name in options})
+        options = {**writer.default_steps, **options}
         parts = {part.name: _CONFIGS[part.name].from_dict(
             {f.name: options[f.name] for f in dataclasses.fields(_CONFIGS[part.name]) if f.name in options})
             for part in dataclasses.fields(cls)}
@@ -115,8 +120,9 @@ class Experiment:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Experiment:
-        # files from before there were other backbones have no such entry
-        return cls(**{name: cast(Any, config.from_dict(values[name] if name != "backbone" else values.get(name, {})))
+        # files from before there were other backbones and writers have no such entries
+        return cls(**{name: cast(Any, config.from_dict(
+            values.get(name, {}) if name in ("backbone", "writer") else values[name]))
                       for name, config in _CONFIGS.items()})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -150,7 +156,7 @@ class Experiment:
         rows = held_out if eval_data else read_rows(cast(str, self.data.data), tokenizer, self.data)
         return FileTask(rows, tokenizer, held_out, self.train.seed)
 
-    def make_model(self) -> GradMem:
+    def make_model(self) -> Model:
         """A model with initial weights that depend on the seed alone, and on the backbone's where one is named.
 
         Raises:
@@ -159,7 +165,7 @@ class Experiment:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
-            return GradMem(self._make_backbone(), self.gradmem)
+            return make_model(self.writer, self._make_backbone(), self.gradmem)
 
     def _make_backbone(self) -> Backbone:
         name, tokens = self.backbone.backbone, self.model.vocab_size
@@ -173,4 +179,5 @@ class Experiment:
 
 
 _CONFIGS: dict[str, type[Config]] = {"model": LMConfig, "gradmem": GradMemConfig, "task": KVConfig,
-                                     "data": DataConfig, "train": TrainConfig, "backbone": BackboneConfig}
+                                     "data": DataConfig, "train": TrainConfig, "backbone": BackboneConfig,
+                                     "writer": WriterConfig}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradmem.files import replacing, save_tensors
-from gradmem.lm import TransformersLM
+from gradmem.lm import PretrainedBackbone
 from gradmem_kernels.checks import Checker
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = ["export_peft"]
 def export_peft(memory: Memory, model: GradMem, path: Path, base_model: str | None) -> None:
     """Writes what READ puts before a query, ``[P, D]``, as the adapter's virtual tokens: :meth:`Memory.export_peft`."""
     check = Checker("Memory.export_peft")
-    if not isinstance(model.backbone, TransformersLM):
+    if not isinstance(model.backbone, PretrainedBackbone):
         check.fail("model", "a model whose backbone is a gradmem.TransformersLM", type(model.backbone).__name__,
                    "peft adapts models of transformers alone")
     adapted = _adapted(model.backbone)
@@ -34,12 +34,12 @@ def export_peft(memory: Memory, model: GradMem, path: Path, base_model: str | No
     memory.check_finite(path)
     device = model.memory_init.device
     rows = model.prompt_embeds(memory.to(device), torch.empty(1, 0, dtype=torch.int64, device=device))[0]
-    decoder = model.backbone.decoder.config
     config = {
         "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "inference_mode": True,
         "base_model_name_or_path": base_model or model.backbone.name_or_path or None,
         "num_virtual_tokens": rows.shape[0], "token_dim": rows.shape[1], "num_transformer_submodules": 1,
-        "num_attention_heads": decoder.num_heads, "num_layers": decoder.num_layers, "prompt_tuning_init": "RANDOM",
+        "num_attention_heads": model.backbone.heads, "num_layers": model.backbone.layers,
+        "prompt_tuning_init": "RANDOM",
     }
     path.mkdir(parents=True, exist_ok=True)
     save_tensors(path / "adapter_model.safetensors", "peft", 1, {"prompt_embeddings": rows}, memory.about())

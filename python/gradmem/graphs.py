@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map_only
 
+from gradmem.baselines import Model
 from gradmem.capture_guard import CaptureGuard
 from gradmem.errors import GraphError
 from gradmem.memory import Memory
@@ -291,7 +292,7 @@ class GraphedStep:
         ArgumentError, GraphError: see :class:`Graphed`.
     """
 
-    def __init__(self, model: GradMem, optimizer: torch.optim.Optimizer, *, grad_clip: float = math.inf,
+    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, *, grad_clip: float = math.inf,
                  warmup: int = 2, max_graphs: int = 16, capture: Capture | None = None) -> None:
         if model.config.recompute == "auto":
             Checker("GraphedStep").fail(

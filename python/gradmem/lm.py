@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmem import generation
 from gradmem.config import LMConfig
-from gradmem_kernels import Decoder, DecoderConfig
+from gradmem_kernels import Decoder, DecoderConfig, Prefix, PrefixLoss
 from gradmem_kernels.checks import Checker
 
-__all__ = ["Backbone", "CausalLM", "TransformersLM"]
+__all__ = ["Backbone", "CausalLM", "PretrainedBackbone", "TransformersLM"]
+
+
+class _Described(Protocol):
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields by name, in types that JSON has."""
 
 
 class Backbone(nn.Module):
-    """What :class:`gradmem.GradMem` asks of a language model.
+    """What :class:`gradmem.GradMem` asks of a language model; what is computed here is computed by ``decoder``.
 
     Attributes:
-        config: has ``to_dict()``, in types that JSON has.
+        config: what the model is, for fingerprints.
         embed_tokens: an ``nn.Embedding`` ``[V, D]``.
         decoder: from input embeddings to hidden states.
+        RECOMPUTE: what WRITE may recompute.
     """
 
-    config: LMConfig | DecoderConfig
+    config: _Described
     embed_tokens: nn.Embedding
     decoder: Decoder
+    RECOMPUTE: tuple[str, ...] = ("none", "step", "layer", "auto")
 
     @property
     def head_weight(self) -> Tensor:
         """``[V, D]``."""
         raise NotImplementedError
+
+    def write_loss(self, prefix: Prefix, ids: Tensor, labels: Tensor, head: Tensor | None, *,
+                   second_order: bool) -> Callable[..., Tensor]:
+        """The WRITE loss of contexts, as :func:`gradmem_kernels.write` takes it.
+
+        Args:
+            prefix: makes the rows of the memory.
+            ids: ``[B, S]``, the contexts, right-padded.
+            labels: ``[B, S]``, the same, -100 where padded.
+            head: ``[V, D]`` in the place of the model's own.
+            second_order: whether it will be differentiated twice.
+        """
+        return PrefixLoss(self.decoder, prefix, self.embed_tokens(ids), labels,
+                          self.head_weight if head is None else head)
+
+    def logits(self, rows: Tensor, start: int) -> Tensor:
+        """What the model reads from input embeddings ``[N, S, D]``, from row ``start`` on: ``[N, S - start, V]``."""
+        return F.linear(self.decoder(rows, start=start), self.head_weight)
+
+    def greedy(self, prefix: Tensor, query_ids: Tensor, lengths: Tensor, max_new_tokens: int,
+               eos_token_id: int | None) -> Tensor:
+        """Greedy continuations: see :func:`gradmem.generation.greedy`."""
+        return generation.greedy(self, prefix, query_ids, lengths, max_new_tokens, eos_token_id)
 
 
 class CausalLM(Backbone):
@@ -67,8 +100,33 @@ class CausalLM(Backbone):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
 
-class TransformersLM(Backbone):
-    """A causal language model of ``transformers``, whose modules it borrows: no parameter is copied.
+class PretrainedBackbone(Backbone):
+    """A causal language model of ``transformers``, whose parameters are used in place.
+
+    Attributes:
+        heads, layers: of attention; of the model.
+    """
+
+    heads: int
+    layers: int
+
+    @property
+    def pretrained(self) -> Any:
+        """The model."""
+        raise NotImplementedError
+
+    @property
+    def name_or_path(self) -> str:
+        """What the model was loaded from; empty for one that was not."""
+        return str(getattr(self.pretrained, "name_or_path", ""))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Saves the model as it is now, trained or not, for servers and ``from_pretrained`` to load."""
+        self.pretrained.save_pretrained(path)
+
+
+class TransformersLM(PretrainedBackbone):
+    """A model of ``transformers`` read by the fused decoder, which borrows its modules: no parameter is copied.
 
     Embeddings that adapters are to wrap must be wrapped before; a head that is wrapped is refused.
 
@@ -84,6 +142,7 @@ class TransformersLM(Backbone):
         self._model = (model,)  # a tuple, so that its parameters have one name here
         self.decoder = Decoder.from_transformers(model)
         self.config = self.decoder.config
+        self.heads, self.layers = self.decoder.config.num_heads, self.decoder.config.num_layers
         self.embed_tokens = model.get_input_embeddings()
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
@@ -92,13 +151,8 @@ class TransformersLM(Backbone):
         self.lm_head = None if head.weight is self.embed_tokens.weight else head
 
     @property
-    def name_or_path(self) -> str:
-        """What the model was loaded from; empty for one that was not."""
-        return str(getattr(self._model[0], "name_or_path", ""))
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Saves the model as it is now, trained or not, for servers and ``from_pretrained`` to load."""
-        self._model[0].save_pretrained(path)
+    def pretrained(self) -> Any:
+        return self._model[0]
 
     @property
     def head_weight(self) -> Tensor:

@@ -11,18 +11,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmem import generation
 from gradmem.config import GradMemConfig
 from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
 from gradmem.lm import Backbone
 from gradmem.memory import Memory, Provenance, context_hash
+from gradmem.pretrained import Chosen, choose_backbone
 from gradmem.tasks.batch import IGNORE
-from gradmem_kernels import Prefix, PrefixLoss, WriteOutput, resolve_recompute, write
+from gradmem_kernels import Prefix, WriteOutput, resolve_recompute, write
 from gradmem_kernels.checks import Checker
 from gradmem_kernels.ranges import named_range
 
@@ -58,8 +59,13 @@ class GradMem(nn.Module):
 
     def __init__(self, backbone: Backbone, config: GradMemConfig) -> None:
         super().__init__()
+        if config.recompute not in backbone.RECOMPUTE:
+            config.fail("recompute", f"one of {', '.join(backbone.RECOMPUTE)} with a model's own forward",
+                        config.recompute, "checkpoint its layers with model.gradient_checkpointing_enable()")
         self.backbone = backbone
         self.config = config
+        #: how a model of transformers is run, where from_pretrained_backbone decided it
+        self.chosen: Chosen | None = None
         table = backbone.embed_tokens.weight
         width, device, dtype = table.shape[1], table.device, table.dtype
         self.memory_init = nn.Parameter(
@@ -75,6 +81,28 @@ class GradMem(nn.Module):
         if config.learn_inner_lr:
             self.inner_lr_scale = nn.Parameter(torch.ones(config.steps, device=device, dtype=dtype))
         self._fingerprint: tuple[tuple[tuple[int, int], ...], str] | None = None
+
+    @classmethod
+    def from_pretrained_backbone(cls, model: Any, config: GradMemConfig, *, forward: str = "auto",
+                                 attn_implementation: str = "gradmem") -> GradMem:
+        """GradMem around a causal language model of ``transformers``, of any architecture.
+
+        Args:
+            model: the model, whose parameters are used in place, or the name or path of one (loaded in float32).
+            config: the memory and how it is written.
+            forward: ``"auto"``: the fused decoder where it serves the model exactly, in training too; else the model's
+                own forward. ``"fused"`` and ``"own"``: that one. The attribute ``chosen`` of what is returned tells
+                which it is and why, as does, once, the logger ``gradmem``.
+            attn_implementation: for a model's own forward, the attention that its layers run.
+
+        Raises:
+            ArgumentError: for a model that cannot be served so, with the field that stands against it.
+            HubError, MissingExtraError: if it cannot be loaded.
+        """
+        backbone, chosen = choose_backbone(model, forward, attn_implementation)
+        made = cls(backbone, config)
+        made.chosen = chosen
+        return made
 
     def forward(self, context_input_ids: Tensor, query_input_ids: Tensor, labels: Tensor | None = None,
                 context_lengths: Tensor | None = None) -> GradMemOutput:
@@ -200,8 +228,8 @@ class GradMem(nn.Module):
             check_count(check, "eos_token_id", eos_token_id, 0)
         rows = query_ids.unsqueeze(1) if query_ids.ndim == 2 else query_ids
         with named_range("read generate"):
-            ids = generation.greedy(self.backbone, self._prefix(memory.tensor), rows, query_lengths.flatten(),
-                                    max_new_tokens, eos_token_id)
+            ids = self.backbone.greedy(self._prefix(memory.tensor), rows, query_lengths.flatten(), max_new_tokens,
+                                       eos_token_id)
         return ids.view(*query_ids.shape[:-1], max_new_tokens)
 
     def resolve_recompute(self, context_ids: Tensor) -> str:
@@ -260,13 +288,13 @@ class GradMem(nn.Module):
                          second_order_steps=last, recompute=cfg.recompute, clip_value=cfg.inner_clip_value,
                          clip_norm=cfg.inner_clip_norm)
 
-    def _write_loss(self, ids: Tensor, lengths: Tensor | None) -> PrefixLoss:
+    def _write_loss(self, ids: Tensor, lengths: Tensor | None) -> Callable[..., Tensor]:
         labels = ids
         if lengths is not None:
             padding = torch.arange(ids.shape[1], device=ids.device) >= lengths.unsqueeze(1)
             labels = ids.masked_fill(padding, IGNORE)
-        head = self.backbone.head_weight if self.write_head is None else self.write_head
-        return PrefixLoss(self.backbone.decoder, self.write_prefix, self.backbone.embed_tokens(ids), labels, head)
+        second = self.config.order == "second" and torch.is_grad_enabled()
+        return self.backbone.write_loss(self.write_prefix, ids, labels, self.write_head, second_order=second)
 
     def _inner_lr(self, steps: int) -> float | Tensor:
         if self.inner_lr_scale is None:
@@ -288,8 +316,8 @@ class GradMem(nn.Module):
         """Logits of each query token and of the one after the last: ``[..., T + 1, V]`` for ``query_ids [..., T]``."""
         with named_range("read"):
             rows, first = self._rows(memory, query_ids)
-            hidden = self.backbone.decoder(rows, start=first - 1)
-            return F.linear(hidden, self.backbone.head_weight).view(*query_ids.shape[:-1], query_ids.shape[-1] + 1, -1)
+            logits = self.backbone.logits(rows, first - 1)
+            return logits.view(*query_ids.shape[:-1], query_ids.shape[-1] + 1, -1)
 
     def _loss(self, logits: Tensor, labels: Tensor, inner_losses: Tensor) -> Tensor:
         total = F.cross_entropy(_at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORE,

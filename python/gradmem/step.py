@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gradmem.model import GradMem
+from gradmem.baselines import Model
 from gradmem.tasks.batch import Batch, exact_match
 from gradmem_kernels.ranges import named_range
 
@@ -38,7 +38,7 @@ class StepOutput(NamedTuple):
         return loss, norm, match, inner[0] if inner else None
 
 
-def meta_step(model: GradMem, optimizer: torch.optim.Optimizer, batch: Batch,
+def meta_step(model: Model, optimizer: torch.optim.Optimizer, batch: Batch,
               grad_clip: float = math.inf) -> StepOutput:
     """Takes a step of ``optimizer`` on the loss of ``batch``, with the gradient's norm clipped to ``grad_clip``.
 

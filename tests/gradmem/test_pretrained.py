@@ -1,0 +1,331 @@
+"""GradMem around models of transformers, by the fused decoder and by their own forward, is what eager attention gives.
+
+Models are tiny, random, built from configurations, and compared in float64 (:class:`Double`) with plain autograd
+through attn_implementation="eager".
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmem import GradMem, GradMemConfig, OwnForwardLM, TransformersLM
+from gradmem_kernels import ArgumentError
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from test_transformers import Double  # noqa: E402
+
+VOCAB, D = 23, 16
+SIZES = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": None,
+         "intermediate_size": 24, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": None}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 4}
+GPT2 = {"vocab_size": VOCAB, "n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+        "eos_token_id": None, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "llama": lambda **kw: transformers.LlamaConfig(**{**GROUPED, **kw}),
+    "qwen3": lambda **kw: transformers.Qwen3Config(**{**GROUPED, "tie_word_embeddings": True, **kw}),
+    "mistral": lambda **kw: transformers.MistralConfig(**{**GROUPED, "sliding_window": 5, **kw}),
+    "gpt2": lambda **kw: transformers.GPT2Config(**{**GPT2, **kw}),
+    "gpt_neox": lambda **kw: transformers.GPTNeoXConfig(**{**SIZES, **kw}),
+}
+#: Soft cap, scaled embeddings, sliding layers; and a head with a bias. Neither has a fused decoder.
+OTHERS: dict[str, Callable[..., Any]] = {
+    "gemma2": lambda **kw: transformers.Gemma2Config(**{
+        **GROUPED, "sliding_window": 5, "query_pre_attn_scalar": 6, "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0, **kw}),
+    "phi": lambda **kw: transformers.PhiConfig(**{**SIZES, **kw}),
+}
+OPTIONS: dict[str, Any] = {"memory_tokens": 3, "steps": 2, "inner_lr": 0.5, "memory_init_std": 0.5}
+
+
+def build(family: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config((FAMILIES | OTHERS)[family](**fields)).double().eval()
+    for parameter in model.parameters():  # as initialised, attention is all but uniform, biases are 0 and norms 1
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1 and "norm" in family), std=0.3)
+    return model
+
+
+def make(model: Any, forward: str, **options: Any) -> GradMem:
+    torch.manual_seed(1)
+    made = GradMem.from_pretrained_backbone(model, GradMemConfig(**{**OPTIONS, **options}), forward=forward)
+    if isinstance(made.backbone, OwnForwardLM):
+        logits = made.backbone.logits
+
+        def double(*args: Any) -> Tensor:  # here, as the mode is not on while autograd runs
+            with Double():
+                return logits(*args)
+
+        made.backbone.logits = double  # type: ignore[method-assign]
+    with torch.no_grad():
+        for name, weight in made.named_parameters():  # nothing at its special initial value
+            if not name.startswith("backbone."):
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+    return made
+
+
+def ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+CONTEXT, LENGTHS, QUERY = ids(2, 8), torch.tensor([8, 5]), ids(2, 5, seed=1)
+LABELS = QUERY.masked_fill(torch.arange(5) < 2, -100)
+
+
+def plain_loss(made: GradMem, model: Any) -> tuple[Tensor, Tensor]:
+    """The training loss and memory of :class:`GradMem` by the model's own forward and torch alone."""
+    cfg = made.config
+    embed = model.get_input_embeddings()
+
+    def rows(prefix: Any, memory: Tensor) -> Tensor:
+        if prefix.projection is not None:
+            memory = memory @ prefix.projection.weight.T + prefix.projection.bias
+        edges = [] if prefix.start is None else [prefix.start.expand(2, -1, -1), prefix.end.expand(2, -1, -1)]
+        return torch.cat([*edges[:1], memory, *edges[1:]], 1)
+
+    def predict(prefix: Any, memory: Tensor, tokens: Tensor, head: Tensor | None) -> Tensor:
+        before = rows(prefix, memory)
+        inputs = {"inputs_embeds": torch.cat([before, embed(tokens)], 1), "use_cache": False}
+        logits = model(**inputs).logits if head is None else model.base_model(**inputs).last_hidden_state @ head.T
+        return logits[:, before.shape[1] - 1 : -1].transpose(1, 2)
+
+    memory = made.memory_init.expand(2, -1, -1)
+    targets = CONTEXT.masked_fill(torch.arange(8) >= LENGTHS[:, None], -100)
+    for _ in range(cfg.steps):
+        losses = F.cross_entropy(predict(made.write_prefix, memory, CONTEXT, made.write_head), targets,
+                                 reduction="none", ignore_index=-100).sum(1) / LENGTHS
+        (slope,) = torch.autograd.grad(losses.sum(), memory, create_graph=True)
+        if cfg.inner_clip_value is not None:
+            slope = slope.clamp(-cfg.inner_clip_value, cfg.inner_clip_value)
+        if cfg.inner_clip_norm is not None:
+            norm = slope.flatten(1).norm(dim=1)[:, None, None]
+            slope = torch.where(norm > cfg.inner_clip_norm, slope * (cfg.inner_clip_norm / (norm + 1e-6)), slope)
+        memory = memory - cfg.inner_lr * slope
+    read = F.cross_entropy(predict(made.read_prefix, memory, QUERY, None), LABELS, ignore_index=-100)
+    return read + (cfg.inner_loss_weight * losses.mean() if cfg.steps else 0.0), memory
+
+
+def gradients(loss: Tensor, made: GradMem) -> dict[str, Tensor]:
+    names, weights = zip(*[(n, p) for n, p in made.named_parameters() if p.requires_grad], strict=True)
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    return {name: torch.zeros(()) if g is None else g for name, g in zip(names, found, strict=True)}
+
+
+def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
+    atol = 1e-9 * max(expected.abs().max().item(), 1e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol, msg=lambda text: f"{what}: {text}")
+
+
+def assert_equals_eager(model: Any, made: GradMem) -> None:
+    out = made(CONTEXT, QUERY, LABELS, LENGTHS)
+    found = gradients(out.loss, made)
+    now = model.config._attn_implementation
+    model.gradient_checkpointing_disable()  # what runs again in autograd would not run in float64
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    with Double():
+        loss, memory = plain_loss(made, model)
+        expected = gradients(loss, made)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(now)
+    assert_same(out.loss, loss, "loss")
+    assert_same(out.memory, memory, "memory")
+    assert max(g.abs().max() for g in expected.values()) > 1e-3
+    for name, g in expected.items():
+        assert_same(found[name], g, name)
+
+
+@pytest.mark.parametrize("recompute", ["none", "step", "layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_decoder_equals_eager_attention(family: str, recompute: str) -> None:
+    model = build(family)
+    made = make(model, "auto", recompute=recompute, control_tokens=1)
+    assert made.chosen is not None
+    assert made.chosen.forward == "fused"
+    assert_equals_eager(model, made)
+
+
+@pytest.mark.parametrize("recompute", ["none", "step"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_a_model_s_own_forward_equals_eager_attention(family: str, recompute: str) -> None:
+    model = build(family)
+    made = make(model, "own", recompute=recompute, control_tokens=1)
+    assert model.config._attn_implementation == "gradmem"
+    assert_equals_eager(model, made)
+
+
+PAPER = [{"inner_clip_value": 0.02}, {"inner_clip_norm": 0.05}, {"inner_loss_weight": 0.7}, {"write_head": True},
+         {"memory_projection": "shared", "control_tokens": 2}, {"steps": 1}]
+
+
+@pytest.mark.parametrize("options", PAPER, ids=str)
+@pytest.mark.parametrize("forward", ["fused", "own"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # tied tables
+def test_the_paper_s_options_on_both_ways(family: str, forward: str, options: dict) -> None:
+    model = build(family)
+    assert_equals_eager(model, make(model, forward, **options))
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")
+@pytest.mark.parametrize("recompute", ["none", "step"])
+def test_gradient_checkpointing_of_a_model_s_own_forward(recompute: str) -> None:
+    model = build("phi", attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0).train()
+    model.gradient_checkpointing_enable()
+    made = make(model, "own", recompute=recompute)
+    runs: list[int] = []
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    loss = made(CONTEXT, QUERY, LABELS, LENGTHS).loss
+    plain = len(runs)
+    assert loss is not None
+    loss.backward()
+    hook.remove()
+    assert len(runs) > plain + (0 if recompute == "none" else OPTIONS["steps"])  # layers ran again
+    made.zero_grad()
+    assert_equals_eager(model, made)
+
+
+def test_reading_writing_and_generating_by_a_model_s_own_forward() -> None:
+    model = build("llama")
+    fused, own = make(model, "fused", control_tokens=1), make(model, "own", control_tokens=1)
+    query, lengths = ids(2, 3, 4, seed=2), torch.tensor([[4, 1, 3], [2, 0, 4]])
+    with torch.no_grad(), Double():
+        memories = [made.write(CONTEXT, context_lengths=LENGTHS) for made in (fused, own)]
+        assert_same(memories[1].tensor, memories[0].tensor, "memory")
+        assert_same(own.read(memories[1], query, next_token=True), fused.read(memories[0], query, next_token=True),
+                    "logits")
+        expected = fused.generate(memories[0], query, query_lengths=lengths, max_new_tokens=5)
+        found = own.generate(memories[1], query, query_lengths=lengths, max_new_tokens=5)
+        assert torch.equal(found, expected)
+        end = expected[0, 0, 1].item()
+        both = [made.generate(memory, query, query_lengths=lengths, max_new_tokens=5, eos_token_id=end)
+                for made, memory in zip((fused, own), memories, strict=True)]
+        assert torch.equal(*both)
+
+
+def test_dropout_of_a_model_s_own_forward_is_replayed() -> None:
+    model = build("gpt2", attn_pdrop=0.2, resid_pdrop=0.2).train()
+    losses = []
+    for recompute in ("none", "step"):
+        made = make(model, "auto", recompute=recompute)
+        assert made.chosen is not None
+        assert made.chosen.forward == "own"
+        torch.manual_seed(5)
+        out = made(CONTEXT, QUERY, LABELS, LENGTHS)
+        losses.append({"loss": out.loss, **gradients(out.loss, made)})
+    for name in losses[0]:
+        assert_same(losses[1][name], losses[0][name], name)
+
+
+def test_the_choice_is_told_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "gradmem"):
+        for _ in range(2):
+            chosen = make(build("phi"), "auto").chosen
+    assert chosen is not None
+    assert chosen.forward == "own"
+    assert "got PhiForCausalLM" in chosen.reason
+    assert [r.getMessage() for r in caplog.records] == [f"PhiForCausalLM is run by {chosen}"]
+    assert str(chosen).startswith("the model's own forward: Decoder.from_transformers: model: expected a LlamaFor")
+    llama = build("llama")
+    assert isinstance(make(llama, "auto").backbone, TransformersLM)
+    assert isinstance(make(llama, "own").backbone, OwnForwardLM)
+    assert make(build("gpt2"), "fused").chosen.reason == "as asked"  # type: ignore[union-attr]
+    dropping = make(build("gpt2", attn_pdrop=0.1), "auto").chosen
+    assert "attn_pdrop=0.1" in dropping.reason  # type: ignore[union-attr]
+    with pytest.raises(ArgumentError, match=r"Decoder.from_transformers: model: expected .*got PhiForCausalLM"):
+        make(build("phi"), "fused")
+    with pytest.raises(ArgumentError, match="forward: expected one of auto, fused, own, got 'mine'"):
+        make(llama, "mine")
+
+
+def test_a_model_by_its_path(tmp_path: Any) -> None:
+    build("llama").save_pretrained(tmp_path)
+    made = make(str(tmp_path), "auto")
+    assert made.backbone.name_or_path == str(tmp_path)
+    assert made(CONTEXT, QUERY, LABELS).loss.isfinite()
+
+
+def test_layers_are_checkpointed_by_the_model_itself() -> None:
+    with pytest.raises(ArgumentError, match=r"recompute: expected one of none, step, auto .*, got 'layer'; .*checkp"):
+        make(build("phi"), "own", recompute="layer")
+    assert make(build("phi"), "own", recompute="auto").resolve_recompute(CONTEXT) == "step"
+
+
+class Head(nn.Module):
+    """No causal language model of transformers."""
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (Head, "model: expected a causal language model of transformers that takes inputs_embeds, got Head"),
+    (lambda: build("llama", is_causal=False), "model.config: expected a causal decoder"),
+    (lambda: build("llama").model, "model: expected a language model with a head, got LlamaModel"),
+])
+def test_what_no_forward_serves_is_refused(model: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make(model(), "own")
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    """Patches models as Liger does: classes, forwards of instances, and functions of a model's file."""
+
+    def mark(value: Any) -> Any:
+        value.__module__ = "liger_kernel.transformers.some"
+        return value
+
+    def patch(kind: str, model: Any) -> None:
+        layer, file = model.model.layers[0], transformers.models.llama.modeling_llama
+        if kind == "class":
+            layer.mlp.__class__ = mark(type("LigerSwiGLUMLP", (type(layer.mlp),), {}))
+        elif kind == "instance":
+            layer.mlp.forward = types.MethodType(mark(lambda self, x: type(self).forward(self, x)), layer.mlp)
+        elif kind == "forward of the class":
+            monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", mark(
+                lambda self, *args, inputs_embeds=None, **kw: self.model(inputs_embeds=inputs_embeds)))
+        elif kind == "function":
+            rotary = file.apply_rotary_pos_emb
+            monkeypatch.setattr(file, "apply_rotary_pos_emb", mark(lambda *args, **kw: rotary(*args, **kw)))
+        else:
+            entropy = F.cross_entropy
+            monkeypatch.setattr(F, "cross_entropy", mark(lambda *args, **kw: entropy(*args, **kw)))
+
+    return patch
+
+
+@pytest.mark.parametrize("kind", ["class", "instance", "forward of the class", "function", "cross entropy"])
+def test_patches_that_are_wrong_at_second_order_are_refused(liger: Any, kind: str) -> None:
+    model = build("llama")
+    made = make(model, "own")
+    made(CONTEXT, QUERY, LABELS)
+    liger(kind, model)
+    with pytest.raises(ArgumentError, match=r"expected kernels that are right at second order, got .*liger_kernel; "
+                                            r"load the model in a process that does not patch it .*order='first'"):
+        made(CONTEXT, QUERY, LABELS)
+    with torch.no_grad():  # no second derivative will be asked for
+        if kind != "forward of the class":
+            made.write(CONTEXT)
+            make(model, "own", order="first")(CONTEXT, QUERY, LABELS)
+    if kind != "cross entropy":  # the fused decoder reads parameters and runs no forward of the model's modules
+        make(model, "fused")(CONTEXT, QUERY, LABELS)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
+def test_attention_without_a_second_derivative_is_refused(name: str) -> None:
+    model = build("phi")
+    made = make(model, "own")
+    model.set_attn_implementation(name)
+    with pytest.raises(ArgumentError, match=rf"attn_implementation: expected .*, got '{name}'; call "
+                                            r"model.set_attn_implementation\('gradmem'\)"):
+        made(CONTEXT, QUERY, LABELS)
+    model.set_attn_implementation("eager")
+    assert made(CONTEXT, QUERY, LABELS).loss.isfinite()
+    model._use_kernels = True  # what its property reads
+    with pytest.raises(ArgumentError, match=r"use_kernels: expected .*got True; load the model with use_kernels=False"):
+        made(CONTEXT, QUERY, LABELS)
