@@ -38,7 +38,7 @@ class Recipe:
     memory_init_std: float = 1.0
     steps: int = 2
     inner_lr: float = 50.0
-    learn_inner_lr: bool = True
+    learn_inner_lr: str = "step"
     write_head: bool = True
     inner_loss_weight: float = 0.1
     recompute: str = "none"

@@ -30,13 +30,15 @@ class Provenance:
     """Where one memory comes from.
 
     ``model`` is :meth:`gradmem.GradMem.fingerprint` of the model that wrote it, ``inner_lr`` the learning rate of each
-    of the ``steps``, ``context`` the :func:`context_hash` of what was written.
+    of the ``steps``, or of each step's ``m`` vectors, ``context`` the :func:`context_hash` of what was written,
+    ``inner_optimizer`` the rule of the steps with its options, empty in files from before there were several.
     """
 
     model: str
     steps: int
-    inner_lr: tuple[float, ...]
+    inner_lr: tuple[float, ...] | tuple[tuple[float, ...], ...]
     context: str
+    inner_optimizer: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +212,8 @@ class Memory:
 
 
 def _provenance(entry: dict[str, Any]) -> Provenance:
-    return Provenance(**{**entry, "inner_lr": tuple(entry["inner_lr"])})
+    rates = tuple(tuple(rate) if isinstance(rate, list) else rate for rate in entry["inner_lr"])
+    return Provenance(**{**entry, "inner_lr": rates})
 
 
 def context_hash(token_ids: Sequence[int]) -> str:

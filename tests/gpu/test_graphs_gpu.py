@@ -57,7 +57,7 @@ def assert_near(model: GradMem, other: GradMem, rtol: float) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("options", [
-    {}, {"learn_inner_lr": True, "inner_clip_norm": 0.1, "inner_clip_value": 0.1, "inner_loss_weight": 0.3},
+    {}, {"learn_inner_lr": "step", "inner_clip_norm": 0.1, "inner_clip_value": 0.1, "inner_loss_weight": 0.3},
     {"recompute": "none"}, {"recompute": "layer"}, {"order": "first"}, {"steps": 0}], ids=str)
 def test_steps_equal_those_without_graphs(options: dict[str, Any], fused: bool) -> None:
     """Padded shapes, so equal up to rounding, which Adam's first steps make larger."""
@@ -91,7 +91,7 @@ def test_a_replay_is_the_captured_step_bit_for_bit(monkeypatch: pytest.MonkeyPat
 
 
 def test_writes_equal_those_without_graphs() -> None:
-    model = make_model(learn_inner_lr=True)
+    model = make_model(learn_inner_lr="step")
     write = GraphedWrite(model)
     for i in range(12):
         batch = make_batch(i, (27, 50, 100)[i % 3], 8)

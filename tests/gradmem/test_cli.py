@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {"alphabet_size": 4, "key_length": 1, "value_length": 1, "pairs": 2, "hidden_size": 8, "num_layers": 1,
                "num_heads": 2, "intermediate_size": 8, "memory_tokens": 2, "batch_size": 4, "max_steps": 5,
                "log_every": 1, "eval_every": 3, "eval_samples": 8}
-    result = run("train", "kv", "--out", out, "--learn-inner-lr", *flags(options))
+    result = run("train", "kv", "--out", out, "--learn-inner-lr", "step", *flags(options))
     assert result.exit_code == 0, result.output
     assert "step 5 of 5" in result.output
     return out
@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_makes_a_checkpoint_metrics_and_a_plot(trained: Path) -> None:
     assert sorted(os.listdir(trained)) == [CHECKPOINT, "curves.png", METRICS]
     experiment = Checkpoint.load(trained / CHECKPOINT).experiment
-    assert experiment.gradmem.learn_inner_lr is True
+    assert experiment.gradmem.learn_inner_lr == "step"
     assert experiment.model.hidden_size == 8
     assert experiment.model.vocab_size == 9
 

@@ -66,9 +66,12 @@ def assert_near(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1
 OPTIONS = [{"order": order, "recompute": recompute, "learn_inner_lr": learned, "inner_clip_norm": clip,
             "inner_clip_value": clip, "inner_loss_weight": 0.3}
            for order, recompute, (learned, clip) in itertools.product(
-               ("none", "first", "second"), ("none", "step", "layer"), ((False, None), (True, 0.05)))]
+               ("none", "first", "second"), ("none", "step", "layer"), (("none", None), ("step", 0.05)))]
 OPTIONS += [{"steps": 3, "second_order_steps": 1}, {"steps": 0}, {"write_head": True, "control_tokens": 2},
-            {"memory_projection": "shared", "tie_embeddings": True}]
+            {"memory_projection": "shared", "tie_embeddings": True},
+            {"inner_optimizer": "momentum", "inner_nesterov": True, "learn_inner_lr": "token", "inner_clip_norm": 0.05},
+            {"inner_optimizer": "adam", "inner_lr": 0.1, "learn_inner_lr": "step_token", "inner_clip_value": 0.05},
+            {"inner_optimizer": "adam", "inner_lr": 0.1, "inner_eps_root": 1e-4, "inner_weight_decay": 0.1}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -125,8 +128,10 @@ def test_bucket_length() -> None:
     assert len({bucket_length(n) for n in lengths}) == 33
 
 
-@pytest.mark.parametrize("options", [{"learn_inner_lr": True, "inner_clip_norm": 0.05, "inner_loss_weight": 0.3},
-                                     {"recompute": "none"}, {"recompute": "layer", "order": "first"}], ids=str)
+@pytest.mark.parametrize("options", [{"learn_inner_lr": "step", "inner_clip_norm": 0.05, "inner_loss_weight": 0.3},
+                                     {"recompute": "none"}, {"recompute": "layer", "order": "first"},
+                                     {"inner_optimizer": "adam", "inner_lr": 0.1, "inner_eps": 1e-2,
+                                      "learn_inner_lr": "step_token"}], ids=str)
 def test_graphed_steps_equal_plain_ones(make_model: MakeModel, options: dict[str, Any]) -> None:
     """Several steps in two buckets, a learning rate that changes, padding; against steps without padding."""
     plain, graphed = make_model(**options), make_model(**options)
@@ -144,7 +149,8 @@ def test_graphed_steps_equal_plain_ones(make_model: MakeModel, options: dict[str
     assert not any(p.grad is not None for p in graphed.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"learn_inner_lr": True}, {"steps": 0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"learn_inner_lr": "step"}, {"steps": 0},
+                                     {"inner_optimizer": "adam", "inner_lr": 0.1, "learn_inner_lr": "token"}], ids=str)
 def test_graphed_writes_equal_plain_ones(make_model: MakeModel, options: dict[str, Any]) -> None:
     model, capture = make_model(**options), TapeCapture()
     write = GraphedWrite(model, capture=capture)
@@ -430,7 +436,7 @@ def test_the_command_line_says_that_a_cpu_has_no_graphs(options: dict[str, Any],
 
 def test_a_graphed_run_resumes_and_learns_the_same(options: dict[str, Any], tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    options |= {"max_steps": 9, "start_pairs": 1, "advance_at": 0.9, "ema": 0.5, "learn_inner_lr": True}
+    options |= {"max_steps": 9, "start_pairs": 1, "advance_at": 0.9, "ema": 0.5, "learn_inner_lr": "step"}
     monkeypatch.setattr("gradmem.step.exact_match", lambda _, batch: torch.ones_like(batch.labels[..., 0]))
     plain = Trainer(Experiment.from_options({**options, "cuda_graphs": "off"}), tmp_path / "plain")
     plain.run()

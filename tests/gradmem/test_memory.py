@@ -26,7 +26,7 @@ CONTEXTS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 1, 2, 3]])
 
 @pytest.fixture
 def model(make_model: MakeModel) -> GradMem:
-    return make_model(learn_inner_lr=True)
+    return make_model(learn_inner_lr="step")
 
 
 @pytest.fixture

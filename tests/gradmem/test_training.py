@@ -68,7 +68,7 @@ def test_training_learns_and_the_checkpoint_holds_the_model(options: Options, tm
 
 @pytest.mark.parametrize("extra", [
     {},
-    {"learn_inner_lr": True, "write_head": True, "control_tokens": 1, "memory_projection": "shared",
+    {"learn_inner_lr": "step", "write_head": True, "control_tokens": 1, "memory_projection": "shared",
      "weight_decay": 0.1, "tie_embeddings": True, "start_pairs": 1, "advance_at": 0.01, "ema": 0.5, "queries": 2},
     {"order": "none"},  # leaves parameters without gradient and optimizer state
 ], ids=["plain", "everything", "order none"])
