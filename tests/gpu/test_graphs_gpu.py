@@ -58,7 +58,9 @@ def assert_near(model: GradMem, other: GradMem, rtol: float) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("options", [
     {}, {"learn_inner_lr": "step", "inner_clip_norm": 0.1, "inner_clip_value": 0.1, "inner_loss_weight": 0.3},
-    {"recompute": "none"}, {"recompute": "layer"}, {"order": "first"}, {"steps": 0}], ids=str)
+    {"recompute": "none"}, {"recompute": "layer"}, {"order": "first"}, {"steps": 0},
+    {"inner_optimizer": "momentum", "inner_nesterov": True, "learn_inner_lr": "token", "inner_clip_norm": 0.1},
+    {"inner_optimizer": "adam", "inner_lr": 0.1, "inner_eps": 0.01, "learn_inner_lr": "step_token"}], ids=str)
 def test_steps_equal_those_without_graphs(options: dict[str, Any], fused: bool) -> None:
     """Padded shapes, so equal up to rounding, which Adam's first steps make larger."""
     plain, graphed = make_model(**options), make_model(**options)

@@ -17,6 +17,7 @@ from test_cli import flags, refused, run
 from test_model import MakeModel, ids
 
 from gradmem import Checkpoint, Experiment, GradMemConfig, Memory, Trainer
+from gradmem.baselines import WriterConfig
 from gradmem.errors import MemoryFileError
 from gradmem.files import load_tensors, save_tensors
 from gradmem.training import CHECKPOINT
@@ -95,6 +96,11 @@ def test_a_rule_of_ones_own(make_model: MakeModel) -> None:
 def test_options_without_a_meaning_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=f"GradMemConfig: {next(iter(values))}: expected "):
         GradMemConfig(**values)
+
+
+def test_a_writer_without_steps_has_no_rule() -> None:
+    with pytest.raises(ArgumentError, match="inner_optimizer: expected 'sgd' where the writer is 'forward'"):
+        WriterConfig("forward").check(GradMemConfig(steps=0, inner_optimizer="adam"))
 
 
 def test_options_are_checked_by_the_rule_too() -> None:

@@ -10,7 +10,7 @@ __all__ = ["WRITERS", "WriterConfig"]
 
 GRADIENT, FORWARD, CONTEXT = WRITERS = ("gradient", "forward", "context")
 # Options of the memory that a writer does not have, with the value that they must then have.
-_NO_STEPS = {"steps": 0, "write_head": False, "inner_loss_weight": 0.0}
+_NO_STEPS = {"steps": 0, "inner_optimizer": "sgd", "write_head": False, "inner_loss_weight": 0.0}
 _NO_MEMORY = {"control_tokens": 0, "memory_projection": "none"}
 
 
