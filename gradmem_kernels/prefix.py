@@ -13,6 +13,9 @@ from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cr
 
 __all__ = ["Prefix", "PrefixLoss"]
 
+#: Of the tensors of a memory; the last two are the fast weights of a prefix that is per sample.
+NAMES = ("memory", "weight", "bias")
+
 
 class Prefix(nn.Module):
     """``[start; projection(memory); end]``: learned control tokens around the, optionally projected, memory.
@@ -21,12 +24,17 @@ class Prefix(nn.Module):
         hidden_size: width ``D`` of a memory vector and of an input embedding.
         control_tokens: number of learned vectors on each side, drawn from N(0, 0.02).
         projection: whether a linear map with bias, the identity at first, is applied to each memory vector.
+        per_sample: with ``projection``, whether each sample has weights of its own, which are part of the memory:
+            ``projection`` then is what they are at first.
         device, dtype: of the parameters.
     """
 
-    def __init__(self, hidden_size: int, *, control_tokens: int = 0, projection: bool = False,
+    def __init__(self, hidden_size: int, *, control_tokens: int = 0, projection: bool = False, per_sample: bool = False,
                  device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        if per_sample and not projection:
+            Checker("Prefix").fail("per_sample", "False without projection", True)
+        self.per_sample = per_sample
         self.start: nn.Parameter | None = None
         self.end: nn.Parameter | None = None
         self.projection: nn.Linear | None = None
@@ -43,18 +51,40 @@ class Prefix(nn.Module):
         """The number of prefix rows that ``memory_tokens`` memory vectors become."""
         return memory_tokens + (0 if self.start is None else 2 * self.start.shape[0])
 
-    def forward(self, memory: Tensor) -> Tensor:
-        """``[B, m, D] -> [B, P, D]``."""
-        rows = memory if self.projection is None else self.projection(memory)
+    def fast_weights(self, batch: int) -> tuple[Tensor, ...]:
+        """What belongs to a memory besides its vectors, at first: ``weight [B, D, D], bias [B, D]`` or nothing."""
+        if not self.per_sample or self.projection is None:
+            return ()
+        weight, bias = self.projection.weight, self.projection.bias
+        return weight.expand(batch, -1, -1), bias.expand(batch, -1)
+
+    def projected(self, memory: Tensor, *fast: Tensor) -> Tensor:
+        """``[B, m, D] -> [B, m, D]``, by the ``fast`` weights of each sample where the prefix is per sample."""
+        if fast:
+            weight, bias = fast
+            return torch.baddbmm(bias.unsqueeze(1), memory, weight.mT)
+        return memory if self.projection is None else self.projection(memory)
+
+    def forward(self, memory: Tensor, *fast: Tensor) -> Tensor:
+        """``[B, m, D] -> [B, P, D]``; ``fast``: ``weight [B, D, D], bias [B, D]`` where the prefix is per sample."""
+        rows = self.projected(memory, *fast)
         if self.start is None or self.end is None:
             return rows
         return torch.cat([self.start.expand(len(rows), -1, -1), rows, self.end.expand(len(rows), -1, -1)], 1)
 
-    def dual(self, memory: Tensor, memory_t: Tensor) -> Tensor:
-        """The prefix and its tangent, stacked: ``[2, B, P, D]``."""
-        rows = torch.stack([memory, memory_t])
-        if self.projection is not None:
-            rows = linear_dual(self.projection, rows)
+    def dual(self, *tensors: Tensor) -> Tensor:
+        """The prefix and its tangent, stacked: ``[2, B, P, D]``; the arguments of :meth:`forward`, then tangents."""
+        half = len(tensors) // 2
+        memory, memory_t = tensors[0], tensors[half]
+        if half > 1:
+            (weight, _), (weight_t, bias_t) = tensors[1:half], tensors[half + 1 :]
+            # rows = M W' + b,  rows_t = M_t W' + M W_t' + b_t
+            rows_t = torch.baddbmm(torch.baddbmm(bias_t.unsqueeze(1), memory, weight_t.mT), memory_t, weight.mT)
+            rows = torch.stack([self.projected(*tensors[:half]), rows_t])
+        else:
+            rows = torch.stack([memory, memory_t])
+            if self.projection is not None:
+                rows = linear_dual(self.projection, rows)
         if self.start is None or self.end is None:
             return rows
         start, end = (torch.stack([t, torch.zeros_like(t)]).unsqueeze(1).expand(-1, rows.shape[1], -1, -1)
@@ -108,35 +138,35 @@ class PrefixLoss:
         tensors = (*context, self.head_weight, self.head_bias, *self.prefix.parameters(), *self.decoder.parameters())
         return tuple({id(t): t for t in tensors if t is not None and t.requires_grad}.values())
 
-    def footprint(self, memory: Tensor, *, steps: int, recompute: str) -> int:
+    def footprint(self, *memory: Tensor, steps: int, recompute: str) -> int:
         """Bytes that ``steps`` steps of WRITE from ``memory`` and their outer backward take, about, beyond the ``M_k``.
 
         Args:
-            memory: ``[B, m, D]``.
+            memory: ``[B, m, D]``, and the fast weights of a prefix that is per sample.
             steps: number of steps K.
             recompute: ``"none"``, ``"step"`` or ``"layer"``, as in :func:`gradmem_kernels.write`.
 
         Source: docs/write.md.
         """
-        self._check("PrefixLoss.footprint", memory)
+        self._check("PrefixLoss.footprint", *memory)
         batch, tokens, _ = self.context_embeds.shape
         activations = footprint(
-            self.decoder.config, recompute, batch=batch, prefix_rows=self.prefix.length(memory.shape[1]),
+            self.decoder.config, recompute, batch=batch, prefix_rows=self.prefix.length(memory[0].shape[1]),
             context_rows=tokens - 1, steps=steps, element_size=self.context_embeds.element_size(),
             trained=any(p.requires_grad for p in self.decoder.parameters()))
         # of one step, and their sum over the later ones
         gradients = sum(p.numel() * p.element_size() for p in self.params if p.is_leaf) * min(steps, 2)
         return activations + gradients
 
-    def prepared(self, memory: Tensor) -> PrefixLoss:
+    def prepared(self, *memory: Tensor) -> PrefixLoss:
         """The same loss of memories like this one, for several evaluations while parameters stay what they are.
 
         What the first layer makes of the context, which no memory changes, is computed here, once.
         """
-        self._check("PrefixLoss", memory)
+        self._check("PrefixLoss", *memory)
         twin, rows = copy.copy(self), self.context_embeds[:, :-1]
         if rows.shape[1]:
-            twin._context = self.decoder.project_context(rows, first=self.prefix.length(memory.shape[1]))
+            twin._context = self.decoder.project_context(rows, first=self.prefix.length(memory[0].shape[1]))
         return twin
 
     def detached(self) -> PrefixLoss:
@@ -151,23 +181,26 @@ class PrefixLoss:
             twin._context = ContextRows(residual, q, k, v, self._context.first)
         return twin
 
-    def __call__(self, memory: Tensor) -> Tensor:
-        """``[B, m, D] -> [B]``, in nats a token."""
-        self._check("PrefixLoss", memory)
-        prefix = self.prefix(self._cast(memory))
+    def __call__(self, *memory: Tensor) -> Tensor:
+        """``[B, m, D] -> [B]``, in nats a token; a prefix that is per sample has ``[B, D, D], [B, D]`` besides."""
+        self._check("PrefixLoss", *memory)
+        prefix = self.prefix(*map(self._cast, memory))
         rows = prefix if self._context is not None else torch.cat([prefix, self.context_embeds[:, :-1]], 1)
         hidden = self.decoder(rows, start=prefix.shape[1] - 1, context=self._context)
         return linear_cross_entropy(hidden, self.head_weight, self.labels, bias=self.head_bias)
 
-    def dual(self, memory: Tensor, memory_t: Tensor, *, checkpoint_layers: bool = False,
+    def dual(self, *tensors: Tensor, checkpoint_layers: bool = False,
              cotangents: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
-        """The loss and its tangent along ``memory_t``, each ``[B]``.
+        """The loss and its tangent, each ``[B]``, of the memory's tensors and, behind them, as many tangents.
 
         ``cotangents``: those of the two, each ``[B]``, if they are known beforehand; ``None`` beside a given one is a
         zero. The head's products are then done in one sweep over the logits.
         """
-        self._check("PrefixLoss.dual", memory).tangent("memory_t", memory_t, memory)
-        prefix = self.prefix.dual(self._cast(memory), self._cast(memory_t))
+        memory, tangents = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        check = self._check("PrefixLoss.dual", *memory)
+        for name, t, t_t in zip(NAMES, memory, tangents, strict=False):
+            check.tangent(f"{name}_t", t_t, t)
+        prefix = self.prefix.dual(*map(self._cast, tensors))
         rows, rows_t = prefix.unbind()
         if self._context is None:
             tail = self.context_embeds[:, :-1]
@@ -179,10 +212,14 @@ class PrefixLoss:
         return linear_cross_entropy_dual(hidden, self.head_weight, self.labels, hidden_t, bias=self.head_bias,
                                          loss_bar=loss_bar, loss_t_bar=loss_t_bar)
 
-    def _check(self, op: str, memory: Tensor) -> Checker:
+    def _check(self, op: str, *memory: Tensor) -> Checker:
         check = Checker(op)
         check.sizes.update(B=self.context_embeds.shape[0], D=self.context_embeds.shape[2])
-        check.tensor("memory", memory, ("B", "m", "D"), dtypes=FLOAT_DTYPES)
+        count = 3 if self.prefix.per_sample else 1
+        if len(memory) != count:
+            check.fail("memory", f"{count} tensor(s): {', '.join(NAMES[:count])}", len(memory))
+        for name, dims, t in zip(NAMES, (("B", "m", "D"), ("B", "D", "D"), ("B", "D")), memory, strict=False):
+            check.tensor(name, t, dims, dtypes=FLOAT_DTYPES)
         return check
 
     def _cast(self, memory: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -75,6 +76,8 @@ class Decoder(nn.Module):
                                         for index, layer in enumerate(borrowed.layers))
             self.norm = borrowed.norm
             self.embed_positions, self.rotary_emb = borrowed.embed_positions, borrowed.rotary_emb
+        #: entered where a checkpointed layer runs again, for what the caller had entered around :meth:`dual`
+        self.recompute_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._final_norm = Norm(config)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Rope]] = {}
 
@@ -143,7 +146,8 @@ class Decoder(nn.Module):
         x = torch.stack([self._place("Decoder.dual", x, 0), inputs_embeds_t])
         for layer, given in zip(cast(Iterable[Block], self.layers), arguments, strict=True):
             if checkpoint_layers:
-                x = checkpoint(layer.dual, x, *given, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer.dual, x, *given, use_reentrant=False, preserve_rng_state=False,
+                               context_fn=lambda: (nullcontext(), self.recompute_context()))
             else:
                 x = layer.dual(x, *given)
         return split(self._final_norm.dual(self.norm, x[:, :, start:]))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from gradmem.errors import HubError, MissingExtraError
 
-__all__ = ["PREFIX", "load_model", "load_records", "load_tokenizer"]
+__all__ = ["PREFIX", "load_model", "load_records", "load_tokenizer", "optional_library"]
 
 PREFIX = "hub:"  # of a data set's name, where a file's path is expected too
 _T = TypeVar("_T")
@@ -26,13 +26,13 @@ def load_model(name: str) -> Any:
     """
     import torch
 
-    library = _library("transformers", f"model {name}")
+    library = optional_library("transformers", f"model {name}")
     return _load(f"model {name}", lambda: library.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
 
 
 def load_tokenizer(name: str) -> Any:
     """A tokenizer of ``transformers``; arguments and errors as those of :func:`load_model`."""
-    library = _library("transformers", f"tokenizer {name}")
+    library = optional_library("transformers", f"tokenizer {name}")
     return _load(f"tokenizer {name}", lambda: library.AutoTokenizer.from_pretrained(name))
 
 
@@ -50,13 +50,18 @@ def load_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path or len(rest) not in (1, 2) or not all(rest):
         raise HubError(f"{name}: expected {PREFIX}NAME:SPLIT or {PREFIX}NAME:CONFIGURATION:SPLIT, such as "
                        f"{PREFIX}owner/name:train")
-    library = _library("datasets", f"data set {name}")
+    library = optional_library("datasets", f"data set {name}")
     split = rest.pop()
     records = _load(f"data set {name}", lambda: library.load_dataset(path, *rest, split=split))
     return ((f"{name}: record {number}", record) for number, record in enumerate(records))
 
 
-def _library(name: str, what: str) -> Any:
+def optional_library(name: str, what: str) -> Any:
+    """The module of an extra of that name, which ``what`` needs.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as reason:

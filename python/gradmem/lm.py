@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmem import generation
-from gradmem.config import LMConfig
+from gradmem.adapters import WriteAdapter
+from gradmem.config import GradMemConfig, LMConfig
 from gradmem_kernels import Decoder, DecoderConfig, Prefix, PrefixLoss
 from gradmem_kernels.checks import Checker
 
@@ -30,12 +32,14 @@ class Backbone(nn.Module):
         config: what the model is, for fingerprints.
         embed_tokens: an ``nn.Embedding`` ``[V, D]``.
         decoder: from input embeddings to hidden states.
+        adapter: takes part in WRITE alone, where there is one.
         RECOMPUTE: what WRITE may recompute.
     """
 
     config: _Described
     embed_tokens: nn.Embedding
     decoder: Decoder
+    adapter: WriteAdapter | None = None
     RECOMPUTE: tuple[str, ...] = ("none", "step", "layer", "auto")
 
     @property
@@ -54,8 +58,19 @@ class Backbone(nn.Module):
             head: ``[V, D]`` in the place of the model's own.
             second_order: whether it will be differentiated twice.
         """
-        return PrefixLoss(self.decoder, prefix, self.embed_tokens(ids), labels,
-                          self.head_weight if head is None else head)
+        loss = _Adapted(self.decoder, prefix, self.embed_tokens(ids), labels,
+                        self.head_weight if head is None else head)
+        loss.adapter = self.adapter
+        return loss
+
+    def adapt(self, config: GradMemConfig) -> None:
+        """Adds the adapter that ``config`` describes.
+
+        Raises:
+            ArgumentError: for a backbone that can have none.
+        """
+        config.fail("write_lora_rank", f"0 with a {type(self).__name__}", config.write_lora_rank,
+                    "adapters of peft are for models of transformers")
 
     def logits(self, rows: Tensor, start: int) -> Tensor:
         """What the model reads from input embeddings ``[N, S, D]``, from row ``start`` on: ``[N, S - start, V]``."""
@@ -65,6 +80,28 @@ class Backbone(nn.Module):
                eos_token_id: int | None) -> Tensor:
         """Greedy continuations: see :func:`gradmem.generation.greedy`."""
         return generation.greedy(self, prefix, query_ids, lengths, max_new_tokens, eos_token_id)
+
+
+class _Adapted(PrefixLoss):
+    """The WRITE loss with the adapter on, where there is one."""
+
+    adapter: WriteAdapter | None = None
+
+    def prepared(self, *memory: Tensor) -> PrefixLoss:
+        with self._on():
+            return super().prepared(*memory)
+
+    def __call__(self, *memory: Tensor) -> Tensor:
+        with self._on():
+            return super().__call__(*memory)
+
+    def dual(self, *tensors: Tensor, checkpoint_layers: bool = False,
+             cotangents: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
+        with self._on():
+            return super().dual(*tensors, checkpoint_layers=checkpoint_layers, cotangents=cotangents)
+
+    def _on(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.adapter is None else self.adapter.enabled()
 
 
 class CausalLM(Backbone):
@@ -121,8 +158,15 @@ class PretrainedBackbone(Backbone):
         return str(getattr(self.pretrained, "name_or_path", ""))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Saves the model as it is now, trained or not, for servers and ``from_pretrained`` to load."""
-        self.pretrained.save_pretrained(path)
+        """Saves the model as it is now, trained or not, for servers and ``from_pretrained`` to load.
+
+        An adapter of WRITE is left out: READ does without.
+        """
+        state = {} if self.adapter is None else {"state_dict": self.adapter.base_state(self.pretrained)}
+        self.pretrained.save_pretrained(path, **state)
+
+    def adapt(self, config: GradMemConfig) -> None:
+        self.adapter = WriteAdapter(self.pretrained, config)
 
 
 class TransformersLM(PretrainedBackbone):
@@ -153,6 +197,14 @@ class TransformersLM(PretrainedBackbone):
     @property
     def pretrained(self) -> Any:
         return self._model[0]
+
+    def adapt(self, config: GradMemConfig) -> None:
+        if config.write_lora_dropout:
+            config.fail("write_lora_dropout", "0.0 with the fused decoder, whose dual form drops nothing",
+                        config.write_lora_dropout, "use the model's own forward")
+        super().adapt(config)
+        assert self.adapter is not None
+        self.decoder.recompute_context = self.adapter.enabled
 
     @property
     def head_weight(self) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradmem.adapters import ADAPTER, freeze
 from gradmem.config import GradMemConfig
 from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
 from gradmem.lm import Backbone
@@ -39,7 +40,7 @@ class GradMemOutput:
         logits: ``[B, T, V]`` or ``[B, n, T, V]``; ``logits[..., t, :]`` predicts query token ``t``.
         inner_losses: ``[steps, B]``, the WRITE loss before each step.
         grad_norms: ``[steps, B]``, norms of the inner gradients before clipping, detached.
-        memory: ``[B, m, D]``, as written.
+        memory: ``[B, m, D]``, as written; with a projection for each sample, as projected.
     """
 
     loss: Tensor | None
@@ -62,6 +63,10 @@ class GradMem(nn.Module):
         if config.recompute not in backbone.RECOMPUTE:
             config.fail("recompute", f"one of {', '.join(backbone.RECOMPUTE)} with a model's own forward",
                         config.recompute, "checkpoint its layers with model.gradient_checkpointing_enable()")
+        if config.freeze_backbone:
+            freeze(backbone)
+        if config.write_lora_rank:
+            backbone.adapt(config)
         self.backbone = backbone
         self.config = config
         #: how a model of transformers is run, where from_pretrained_backbone decided it
@@ -71,18 +76,17 @@ class GradMem(nn.Module):
         self.memory_init = nn.Parameter(
             torch.randn(config.memory_tokens, width, device=device, dtype=dtype) * config.memory_init_std)
         self.write_prefix = Prefix(width, control_tokens=config.control_tokens, device=device, dtype=dtype,
-                                   projection=config.memory_projection == "shared")
+                                   projection=config.memory_projection != "none",
+                                   per_sample=config.memory_projection == "per_sample")
         self.read_prefix = Prefix(width, control_tokens=config.control_tokens, device=device, dtype=dtype)
-        self.read_prefix.projection = self.write_prefix.projection
+        if config.memory_projection == "shared":
+            self.read_prefix.projection = self.write_prefix.projection
         self.write_head: nn.Parameter | None = None
         if config.write_head:
             self.write_head = nn.Parameter(backbone.head_weight.detach().clone())
         self.inner_lr_scale: nn.Parameter | None = None
-        if config.learn_inner_lr != "none":
-            # of the shapes that write takes: [steps], [1, m, 1], [steps, 1, m, 1]
-            rows = () if config.learn_inner_lr == "step" else (1, config.memory_tokens, 1)
-            each = () if config.learn_inner_lr == "token" else (config.steps,)
-            self.inner_lr_scale = nn.Parameter(torch.ones(*each, *rows, device=device, dtype=dtype))
+        if config.learn_inner_lr:
+            self.inner_lr_scale = nn.Parameter(torch.ones(config.steps, device=device, dtype=dtype))
         self._fingerprint: tuple[tuple[tuple[int, int], ...], str] | None = None
 
     @classmethod
@@ -162,8 +166,8 @@ class GradMem(nn.Module):
         memory = run(context_ids, context_lengths, steps)
         rows = context_ids.tolist()
         lengths = [len(row) for row in rows] if context_lengths is None else context_lengths.tolist()
-        rates, model, rule = self.inner_lrs(steps), self.fingerprint(), self.config.rule_name()
-        return Memory(memory, tuple(Provenance(model, steps, rates, context_hash(row[:n]), rule)
+        rates, model = self.inner_lrs(steps), self.fingerprint()
+        return Memory(memory, tuple(Provenance(model, steps, rates, context_hash(row[:n]))
                                     for row, n in zip(rows, lengths, strict=True)), self)
 
     def read(self, memory: Memory, query_ids: Tensor, *, next_token: bool = False) -> Tensor:
@@ -245,22 +249,17 @@ class GradMem(nn.Module):
             context_ids: ``[B, S]`` int64.
         """
         self._check_context("GradMem.resolve_recompute", "context_ids", context_ids, None)
-        memory = _at_least_float32(self.memory_init).expand(len(context_ids), -1, -1)
-        return resolve_recompute(self._write_loss(_tracked(context_ids), None), memory, steps=self.config.steps)
+        memory = self._initial(len(context_ids))
+        return resolve_recompute(self._write_loss(_tracked(context_ids), None), *memory, steps=self.config.steps)
 
     @property
     def vocab_size(self) -> int:
         return self.backbone.embed_tokens.weight.shape[0]
 
-    def inner_lrs(self, steps: int) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
-        """The learning rate of each of ``steps`` inner steps, where it is learned for each memory vector those of all.
-        """
+    def inner_lrs(self, steps: int) -> tuple[float, ...]:
+        """The learning rate of each of ``steps`` inner steps."""
         lr = self._inner_lr(steps)
-        if not isinstance(lr, Tensor):
-            return (lr,) * steps
-        if lr.ndim == 1:
-            return tuple(lr.tolist())
-        return tuple(map(tuple, lr.expand(steps, 1, -1, 1).flatten(1).tolist()))
+        return tuple(lr.tolist()) if isinstance(lr, Tensor) else (lr,) * steps
 
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every parameter that READ uses, dtype included, in hex.
@@ -281,7 +280,9 @@ class GradMem(nn.Module):
         return self._fingerprint[1]
 
     def _read_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.backbone.named_parameters("backbone")
+        for name, weight in self.backbone.named_parameters("backbone"):
+            if ADAPTER not in name.split("."):
+                yield name, weight
         yield from self.read_prefix.named_parameters("read_prefix")
 
     def _write(self, ids: Tensor, lengths: Tensor | None, steps: int) -> WriteOutput:
@@ -290,10 +291,18 @@ class GradMem(nn.Module):
         with torch.inference_mode(False), torch.set_grad_enabled(outer_grad):
             with named_range("write prepare"):
                 loss_fn = self._write_loss(_tracked(ids), lengths)
-                memory = _at_least_float32(self.memory_init).expand(len(ids), -1, -1)
+                memory = self._initial(len(ids))
             last = None if cfg.second_order_steps is None else min(cfg.second_order_steps, steps)
-            return write(loss_fn, memory, steps=steps, update=cfg.update_rule(self._inner_lr(steps)), order=cfg.order,
-                         second_order_steps=last, recompute=cfg.recompute)
+            out = write(loss_fn, memory, steps=steps, lr=self._inner_lr(steps), order=cfg.order,
+                        second_order_steps=last, recompute=cfg.recompute, clip_value=cfg.inner_clip_value,
+                        clip_norm=cfg.inner_clip_norm)
+            # a projection of each sample's own is used up here: READ gets the same rows
+            return out._replace(memory=out.memory[0] if len(memory) == 1 else self.write_prefix.projected(*out.memory))
+
+    def _initial(self, batch: int) -> tuple[Tensor, ...]:
+        """What WRITE starts from: the memory, and the projection of each sample, where it has one."""
+        memory = self.memory_init.expand(batch, -1, -1)
+        return tuple(map(_at_least_float32, (memory, *self.write_prefix.fast_weights(batch))))
 
     def _write_loss(self, ids: Tensor, lengths: Tensor | None) -> Callable[..., Tensor]:
         labels = ids
@@ -306,10 +315,8 @@ class GradMem(nn.Module):
     def _inner_lr(self, steps: int) -> float | Tensor:
         if self.inner_lr_scale is None:
             return self.config.inner_lr
-        lr = self.config.inner_lr * _at_least_float32(self.inner_lr_scale)
-        if self.config.learn_inner_lr == "token":
-            return lr
-        return lr[torch.arange(steps, device=lr.device).clamp(max=self.config.steps - 1)]
+        index = torch.arange(steps, device=self.inner_lr_scale.device).clamp(max=self.config.steps - 1)
+        return self.config.inner_lr * _at_least_float32(self.inner_lr_scale)[index]
 
     def _prefix(self, memory: Tensor) -> Tensor:
         return self.read_prefix(memory.to(self.memory_init.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import Callable
@@ -99,7 +100,8 @@ class OwnForwardLM(PretrainedBackbone):
             # everything that is trained is reached from here as a leaf, for recompute="step" to find
             context = self.embed_tokens(ids[:, :-1])
             rows = prefix(*(t.to(context.dtype) for t in memory))
-            logits = self.logits(torch.cat([rows, context], 1), rows.shape[1] - 1, head)
+            with contextlib.nullcontext() if self.adapter is None else self.adapter.enabled():
+                logits = self.logits(torch.cat([rows, context], 1), rows.shape[1] - 1, head)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses = F.cross_entropy(wide.transpose(1, 2), labels, reduction="none", ignore_index=IGNORE)
             return losses.sum(1) / (labels != IGNORE).sum(1).clamp(min=1)
@@ -109,6 +111,10 @@ class OwnForwardLM(PretrainedBackbone):
     def logits(self, rows: Tensor, start: int, head: Tensor | None = None) -> Tensor:
         """See :meth:`gradmem.lm.Backbone.logits`; ``head [V, D]`` takes the place of the head's weight."""
         count = rows.shape[1] - start
+        if self.adapter is not None:
+            for module in self.model.modules():
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = self.adapter.remembered(module._gradient_checkpointing_func)
         inputs = {"inputs_embeds": rows, "use_cache": False}
         if self._keeps_logits:
             inputs["logits_to_keep"] = count

@@ -6,9 +6,10 @@ through attn_implementation="eager".
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def make(model: Any, forward: str, **options: Any) -> GradMem:
         made.backbone.logits = double  # type: ignore[method-assign]
     with torch.no_grad():
         for name, weight in made.named_parameters():  # nothing at its special initial value
-            if not name.startswith("backbone."):
+            if not name.startswith("backbone.") or "lora_" in name:
                 weight.add_(torch.randn_like(weight), alpha=0.1)
     return made
 
@@ -85,32 +86,61 @@ def plain_loss(made: GradMem, model: Any) -> tuple[Tensor, Tensor]:
     cfg = made.config
     embed = model.get_input_embeddings()
 
-    def rows(prefix: Any, memory: Tensor) -> Tensor:
-        if prefix.projection is not None:
+    def rows(prefix: Any, memory: Tensor, *fast: Tensor) -> Tensor:
+        if fast:
+            memory = torch.einsum("bmi,boi->bmo", memory, fast[0]) + fast[1][:, None]
+        elif prefix.projection is not None:
             memory = memory @ prefix.projection.weight.T + prefix.projection.bias
         edges = [] if prefix.start is None else [prefix.start.expand(2, -1, -1), prefix.end.expand(2, -1, -1)]
         return torch.cat([*edges[:1], memory, *edges[1:]], 1)
 
-    def predict(prefix: Any, memory: Tensor, tokens: Tensor, head: Tensor | None) -> Tensor:
-        before = rows(prefix, memory)
+    def predict(prefix: Any, memory: tuple[Tensor, ...], tokens: Tensor, head: Tensor | None) -> Tensor:
+        before = rows(prefix, *memory)
         inputs = {"inputs_embeds": torch.cat([before, embed(tokens)], 1), "use_cache": False}
         logits = model(**inputs).logits if head is None else model.base_model(**inputs).last_hidden_state @ head.T
         return logits[:, before.shape[1] - 1 : -1].transpose(1, 2)
 
-    memory = made.memory_init.expand(2, -1, -1)
+    memory = (made.memory_init.expand(2, -1, -1),)
+    if cfg.memory_projection == "per_sample":
+        projection = made.write_prefix.projection
+        memory += (projection.weight.expand(2, -1, -1), projection.bias.expand(2, -1))
     targets = CONTEXT.masked_fill(torch.arange(8) >= LENGTHS[:, None], -100)
     for _ in range(cfg.steps):
-        losses = F.cross_entropy(predict(made.write_prefix, memory, CONTEXT, made.write_head), targets,
-                                 reduction="none", ignore_index=-100).sum(1) / LENGTHS
-        (slope,) = torch.autograd.grad(losses.sum(), memory, create_graph=True)
-        if cfg.inner_clip_value is not None:
-            slope = slope.clamp(-cfg.inner_clip_value, cfg.inner_clip_value)
-        if cfg.inner_clip_norm is not None:
-            norm = slope.flatten(1).norm(dim=1)[:, None, None]
-            slope = torch.where(norm > cfg.inner_clip_norm, slope * (cfg.inner_clip_norm / (norm + 1e-6)), slope)
-        memory = memory - cfg.inner_lr * slope
+        with written(model, made):
+            losses = F.cross_entropy(predict(made.write_prefix, memory, CONTEXT, made.write_head), targets,
+                                     reduction="none", ignore_index=-100).sum(1) / LENGTHS
+        slopes = torch.autograd.grad(losses.sum(), memory, create_graph=True)
+        memory = tuple(m - cfg.inner_lr * clipped(cfg, slope) for m, slope in zip(memory, slopes, strict=True))
     read = F.cross_entropy(predict(made.read_prefix, memory, QUERY, None), LABELS, ignore_index=-100)
-    return read + (cfg.inner_loss_weight * losses.mean() if cfg.steps else 0.0), memory
+    if len(memory) > 1:
+        memory = (torch.einsum("bmi,boi->bmo", memory[0], memory[1]) + memory[2][:, None],)
+    return read + (cfg.inner_loss_weight * losses.mean() if cfg.steps else 0.0), memory[0]
+
+
+def clipped(cfg: GradMemConfig, slope: Tensor) -> Tensor:
+    if cfg.inner_clip_value is not None:
+        slope = slope.clamp(-cfg.inner_clip_value, cfg.inner_clip_value)
+    if cfg.inner_clip_norm is not None:
+        norm = slope.flatten(1).norm(dim=1).view(-1, *[1] * (slope.ndim - 1))
+        slope = torch.where(norm > cfg.inner_clip_norm, slope * (cfg.inner_clip_norm / (norm + 1e-6)), slope)
+    return slope
+
+
+@contextlib.contextmanager
+def written(model: nn.Module, made: GradMem) -> Iterator[None]:
+    """LoRA by hooks that add its term to the layers' outputs, in WRITE alone."""
+    cfg, hooks = made.config, []
+    for module in model.modules():
+        if cfg.write_lora_rank and hasattr(module, "lora_A"):
+            def add(layer: Any, inputs: Any, out: Tensor) -> Tensor:
+                a, b = (getattr(layer, name)["gradmem_write"].weight for name in ("lora_A", "lora_B"))
+                return out + inputs[0] @ a.T @ b.T * (cfg.write_lora_alpha / cfg.write_lora_rank)
+
+            assert module.disable_adapters
+            hooks.append(module.register_forward_hook(add))
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def gradients(loss: Tensor, made: GradMem) -> dict[str, Tensor]:
@@ -163,13 +193,18 @@ def test_a_model_s_own_forward_equals_eager_attention(family: str, recompute: st
 
 
 PAPER = [{"inner_clip_value": 0.02}, {"inner_clip_norm": 0.05}, {"inner_loss_weight": 0.7}, {"write_head": True},
-         {"memory_projection": "shared", "control_tokens": 2}, {"steps": 1}]
+         {"memory_projection": "shared", "control_tokens": 2}, {"steps": 1}, {"memory_projection": "per_sample"},
+         {"memory_projection": "per_sample", "control_tokens": 1, "inner_clip_norm": 0.05, "recompute": "none"},
+         {"write_lora_rank": 2, "write_lora_alpha": 3.0}, {"write_lora_rank": 2, "recompute": "none"},
+         {"write_lora_rank": 2, "freeze_backbone": True}, {"freeze_backbone": True, "memory_projection": "shared"}]
 
 
 @pytest.mark.parametrize("options", PAPER, ids=str)
 @pytest.mark.parametrize("forward", ["fused", "own"])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # tied tables
 def test_the_paper_s_options_on_both_ways(family: str, forward: str, options: dict) -> None:
+    if "write_lora_rank" in options:
+        pytest.importorskip("peft")
     model = build(family)
     assert_equals_eager(model, make(model, forward, **options))
 
@@ -329,3 +364,80 @@ def test_attention_without_a_second_derivative_is_refused(name: str) -> None:
     model._use_kernels = True  # what its property reads
     with pytest.raises(ArgumentError, match=r"use_kernels: expected .*got True; load the model with use_kernels=False"):
         made(CONTEXT, QUERY, LABELS)
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")
+@pytest.mark.parametrize(("forward", "recompute"), [("fused", "layer"), ("own", "none"), ("own", "step")])
+def test_layers_that_run_again_run_with_the_write_adapter_as_it_was(forward: str, recompute: str) -> None:
+    """Also in READ, where it is off, and in a model's own checkpointing, which runs layers in the backward pass."""
+    pytest.importorskip("peft")
+    model = build("gpt_neox", attention_dropout=0.0, hidden_dropout=0.0).train()
+    if forward == "own":
+        model.gradient_checkpointing_enable()
+    made = make(model, forward, recompute=recompute, write_lora_rank=2)
+    adapters = [p for name, p in made.named_parameters() if "lora_" in name]
+    assert adapters
+    assert_equals_eager(model, made)
+
+
+def test_the_write_adapter_is_no_part_of_what_reads(tmp_path: Any) -> None:
+    pytest.importorskip("peft")
+    for family in ("llama", "qwen3"):  # the latter with tied tables
+        model = build(family)
+        with torch.no_grad():
+            plain = model(QUERY).logits
+        made = make(model, "fused", write_lora_rank=2, write_lora_targets="q_proj,down_proj")
+        before, memory = made.fingerprint(), made.write(CONTEXT)
+        adapted = {name.split(".")[-4] for name, _ in made.named_parameters() if "lora_A" in name}
+        assert adapted == {"q_proj", "down_proj"}
+        with torch.no_grad():
+            for name, p in made.named_parameters():
+                if "lora_" in name:
+                    p.add_(0.1)
+        assert made.fingerprint() == before
+        assert not torch.equal(made.write(CONTEXT).tensor, memory.tensor)
+        with torch.no_grad():
+            assert torch.equal(model(QUERY).logits, plain)
+        made.write(CONTEXT)[0].export_peft(tmp_path / "adapter")  # which refuses active adapters
+        made.backbone.save_pretrained(tmp_path / family)  # type: ignore[attr-defined]
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family, attn_implementation="eager")
+        assert not [name for name, _ in loaded.named_parameters() if "lora_" in name or "base_layer" in name]
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(QUERY).logits, plain, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+def test_freezing_leaves_what_gradmem_adds_and_adapters() -> None:
+    pytest.importorskip("peft")
+    model = build("llama")
+    made = make(model, "fused", freeze_backbone=True, write_lora_rank=2, control_tokens=1, write_head=True)
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or not name.startswith("backbone.") for name in trained)
+    assert {"memory_init", "write_head", "write_prefix.start", "read_prefix.end"} < trained
+    assert any("lora_" in name for name in trained)
+    assert make(build("llama"), "fused", write_lora_rank=2).backbone.embed_tokens.weight.requires_grad
+
+
+def test_write_adapters_that_cannot_be_are_refused() -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(ArgumentError, match=r"write_lora_targets: expected names of linear layers .*, got 'wings'"):
+        make(build("llama"), "fused", write_lora_rank=2, write_lora_targets="wings")
+    with pytest.raises(ArgumentError, match=r"write_lora_dropout: expected 0\.0 with the fused decoder.*own forward"):
+        make(build("llama"), "fused", write_lora_rank=2, write_lora_dropout=0.1)
+    adapted = make(build("llama"), "fused", write_lora_rank=2)
+    with pytest.raises(ArgumentError, match=r"write_lora_rank: expected 0 for a model that has .*; merge them"):
+        GradMem(adapted.backbone, GradMemConfig(write_lora_rank=2))
+    from gradmem import CausalLM, LMConfig
+
+    with pytest.raises(ArgumentError, match="write_lora_rank: expected 0 with a CausalLM, got 2; adapters of peft"):
+        GradMem(CausalLM(LMConfig()), GradMemConfig(write_lora_rank=2))
+
+
+def test_a_projection_of_each_sample_s_own_depends_on_its_context_alone() -> None:
+    made = make(build("llama"), "fused", memory_projection="per_sample")
+    both = made.write(CONTEXT, context_lengths=LENGTHS).tensor
+    for i, n in enumerate(LENGTHS.tolist()):
+        torch.testing.assert_close(made.write(CONTEXT[i : i + 1, :n]).tensor, both[i : i + 1], rtol=1e-11, atol=1e-12)
+    assert_same(made(CONTEXT, QUERY, context_lengths=LENGTHS).logits,
+                made.read(made.write(CONTEXT, context_lengths=LENGTHS), QUERY), "logits")
+    with pytest.raises(ArgumentError, match="memory: expected 3 tensor"):
+        made._write_loss(CONTEXT, None)(made.memory_init.expand(2, -1, -1))
