@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from gradmem_kernels import UPDATE_RULES
 from gradmem_kernels.checks import ArgumentError
+from gradmem_kernels.update_rules import rule_options
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from gradmem_kernels.learning_rates import LearningRate
+    from gradmem_kernels.update_rules import Update
 
 __all__ = ["Config", "GradMemConfig", "LMConfig", "option"]
 
 
 def option(default: Any, text: str, *, minimum: float | None = None, above: float | None = None,
-           maximum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is checked when the configuration is made and offered on the command line."""
-    bounds = {"minimum": minimum, "above": above, "maximum": maximum}
+           maximum: float | None = None, below: float | None = None, choices: Collection[str] = ()) -> Any:
+    """A dataclass field that is checked when the configuration is made and offered on the command line.
+
+    ``choices`` are looked at then, and may have grown since.
+    """
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices, **bounds})
 
 
@@ -66,10 +74,10 @@ class Config:
         if kind is str and rule["choices"] and value not in rule["choices"]:
             self.fail(field.name, f"one of {', '.join(rule['choices'])}", value)
         if kind in (int, float):
-            low, above, high = rule["minimum"], rule["above"], rule["maximum"]
+            low, above, high, below = (rule[name] for name in ("minimum", "above", "maximum", "below"))
             if (not math.isfinite(value) or (low is not None and value < low) or (above is not None and value <= above)
-                    or (high is not None and value > high)):
-                bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", low), (">", above), ("<=", high))
+                    or (high is not None and value > high) or (below is not None and value >= below)):
+                bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", low), (">", above), ("<=", high), ("<", below))
                           if bound is not None]
                 self.fail(field.name, f"a finite number {' and '.join(bounds)}".rstrip(), value)
         return value
@@ -103,8 +111,18 @@ class GradMemConfig(Config):
 
     memory_tokens: int = option(8, "memory vectors per context", minimum=1)
     steps: int = option(2, "inner gradient steps of WRITE", minimum=0)
+    inner_optimizer: str = option("sgd", "rule of the inner steps", choices=UPDATE_RULES)
     inner_lr: float = option(0.04, "inner learning rate", minimum=0)
-    learn_inner_lr: bool = option(False, "learn a factor of the inner learning rate for each step")
+    learn_inner_lr: str = option("none", "learn a factor of the inner learning rate for each step, each memory vector, "
+                                 "or each of both", choices=("none", "step", "token", "step_token"))
+    inner_momentum: float | None = option(None, "decay of momentum's velocity (default: 0.9)", minimum=0, below=1)
+    inner_nesterov: bool = option(False, "momentum looks a step ahead, as Nesterov's")
+    inner_beta1: float | None = option(None, "decay of adam's first moment (default: 0.9)", minimum=0, below=1)
+    inner_beta2: float | None = option(None, "decay of adam's second moment (default: 0.999)", minimum=0, below=1)
+    inner_eps: float | None = option(None, "added to adam's square root (default: 1e-8)", minimum=0)
+    inner_eps_root: float | None = option(None, "added under adam's square root (default: 0)", minimum=0)
+    inner_weight_decay: float | None = option(None, "adam's decay of the memory, decoupled from the gradient "
+                                                    "(default: 0)", minimum=0)
     order: str = option("second", "order of the meta-gradient through WRITE", choices=("none", "first", "second"))
     second_order_steps: int | None = option(None, "only the last N steps are second order (default: all)", minimum=0)
     recompute: str = option("step", "what the backward pass of WRITE recomputes; auto: what free memory asks for",
@@ -127,8 +145,45 @@ class GradMemConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.learn_inner_lr and self.steps == 0:
-            self.fail("learn_inner_lr", "False where steps=0", True)
+        if self.memory_projection == "per_sample" and self.learn_inner_lr in ("token", "step_token"):
+            self.fail("learn_inner_lr", "'none' or 'step' with memory_projection='per_sample', whose weights have no "
+                      "tokens", self.learn_inner_lr)
+        if self.learn_inner_lr != "none" and self.steps == 0:
+            self.fail("learn_inner_lr", "'none' where steps=0", self.learn_inner_lr)
         if self.second_order_steps is not None and (self.order != "second" or self.second_order_steps > self.steps):
             self.fail("second_order_steps", f"None, or at most steps={self.steps} with order='second'",
                       self.second_order_steps)
+        known = rule_options(self.inner_optimizer)
+        taken = ", ".join(f"inner_{name}" for name in _RULE_OPTIONS if name in known) or "no options"
+        for name, value in self._rule_options().items():
+            if name not in known:
+                self.fail(f"inner_{name}", f"none where inner_optimizer={self.inner_optimizer!r}, which takes {taken}",
+                          value)
+        self.update_rule(self.inner_lr)  # checks the options' values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        learned = values.get("learn_inner_lr")
+        if isinstance(learned, bool):  # files from before there were rates for each memory vector
+            values = {**values, "learn_inner_lr": "step" if learned else "none"}
+        return super().from_dict(values)
+
+    def update_rule(self, lr: LearningRate) -> Update:
+        """The rule of the inner steps: what :func:`gradmem_kernels.write` takes as ``update``."""
+        return UPDATE_RULES[self.inner_optimizer](lr=lr, **self._rule_options())
+
+    def rule_name(self) -> str:
+        """The rule with all its options but the learning rate, as ``momentum(momentum=0.9, nesterov=False)``."""
+        options = {**rule_options(self.inner_optimizer), **self._rule_options()}
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+        return f"{self.inner_optimizer}({given})"
+
+    def _rule_options(self) -> dict[str, Any]:
+        """The options of the rule that were set, by their names there."""
+        values = {name: getattr(self, f"inner_{name}") for name in _RULE_OPTIONS}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+#: Options of inner_optimizer, inner_<name> here and <name> there.
+_RULE_OPTIONS = ("clip_value", "clip_norm", "momentum", "nesterov", "beta1", "beta2", "eps", "eps_root",
+                 "weight_decay")

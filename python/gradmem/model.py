@@ -85,8 +85,11 @@ class GradMem(nn.Module):
         if config.write_head:
             self.write_head = nn.Parameter(backbone.head_weight.detach().clone())
         self.inner_lr_scale: nn.Parameter | None = None
-        if config.learn_inner_lr:
-            self.inner_lr_scale = nn.Parameter(torch.ones(config.steps, device=device, dtype=dtype))
+        if config.learn_inner_lr != "none":
+            # of the shapes that write takes: [steps], [1, m, 1], [steps, 1, m, 1]
+            rows = () if config.learn_inner_lr == "step" else (1, config.memory_tokens, 1)
+            each = () if config.learn_inner_lr == "token" else (config.steps,)
+            self.inner_lr_scale = nn.Parameter(torch.ones(*each, *rows, device=device, dtype=dtype))
         self._fingerprint: tuple[tuple[tuple[int, int], ...], str] | None = None
 
     @classmethod
@@ -166,8 +169,8 @@ class GradMem(nn.Module):
         memory = run(context_ids, context_lengths, steps)
         rows = context_ids.tolist()
         lengths = [len(row) for row in rows] if context_lengths is None else context_lengths.tolist()
-        rates, model = self.inner_lrs(steps), self.fingerprint()
-        return Memory(memory, tuple(Provenance(model, steps, rates, context_hash(row[:n]))
+        rates, model, rule = self.inner_lrs(steps), self.fingerprint(), self.config.rule_name()
+        return Memory(memory, tuple(Provenance(model, steps, rates, context_hash(row[:n]), rule)
                                     for row, n in zip(rows, lengths, strict=True)), self)
 
     def read(self, memory: Memory, query_ids: Tensor, *, next_token: bool = False) -> Tensor:
@@ -256,10 +259,15 @@ class GradMem(nn.Module):
     def vocab_size(self) -> int:
         return self.backbone.embed_tokens.weight.shape[0]
 
-    def inner_lrs(self, steps: int) -> tuple[float, ...]:
-        """The learning rate of each of ``steps`` inner steps."""
+    def inner_lrs(self, steps: int) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
+        """The learning rate of each of ``steps`` inner steps, where it is learned for each memory vector those of all.
+        """
         lr = self._inner_lr(steps)
-        return tuple(lr.tolist()) if isinstance(lr, Tensor) else (lr,) * steps
+        if not isinstance(lr, Tensor):
+            return (lr,) * steps
+        if lr.ndim == 1:
+            return tuple(lr.tolist())
+        return tuple(map(tuple, lr.expand(steps, 1, -1, 1).flatten(1).tolist()))
 
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every parameter that READ uses, dtype included, in hex.
@@ -293,9 +301,8 @@ class GradMem(nn.Module):
                 loss_fn = self._write_loss(_tracked(ids), lengths)
                 memory = self._initial(len(ids))
             last = None if cfg.second_order_steps is None else min(cfg.second_order_steps, steps)
-            out = write(loss_fn, memory, steps=steps, lr=self._inner_lr(steps), order=cfg.order,
-                        second_order_steps=last, recompute=cfg.recompute, clip_value=cfg.inner_clip_value,
-                        clip_norm=cfg.inner_clip_norm)
+            out = write(loss_fn, memory, steps=steps, update=cfg.update_rule(self._inner_lr(steps)), order=cfg.order,
+                        second_order_steps=last, recompute=cfg.recompute)
             # a projection of each sample's own is used up here: READ gets the same rows
             return out._replace(memory=out.memory[0] if len(memory) == 1 else self.write_prefix.projected(*out.memory))
 
@@ -315,8 +322,10 @@ class GradMem(nn.Module):
     def _inner_lr(self, steps: int) -> float | Tensor:
         if self.inner_lr_scale is None:
             return self.config.inner_lr
-        index = torch.arange(steps, device=self.inner_lr_scale.device).clamp(max=self.config.steps - 1)
-        return self.config.inner_lr * _at_least_float32(self.inner_lr_scale)[index]
+        lr = self.config.inner_lr * _at_least_float32(self.inner_lr_scale)
+        if self.config.learn_inner_lr == "token":
+            return lr
+        return lr[torch.arange(steps, device=lr.device).clamp(max=self.config.steps - 1)]
 
     def _prefix(self, memory: Tensor) -> Tensor:
         return self.read_prefix(memory.to(self.memory_init.dtype))

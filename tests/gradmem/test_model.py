@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def plain_loss(model: GradMem, context: Tensor, query: Tensor, labels: Tensor) -
         hidden = lm.decoder(torch.cat([rows, lm.embed_tokens(tokens)], 1))[:, rows.shape[1] - 1 : -1]
         return F.linear(hidden, head).transpose(1, 2)
 
-    inner = torch.zeros(())
+    inner, grads = torch.zeros(()), []
     for k in range(cfg.steps):
         per_sample = F.cross_entropy(predict(model.write_prefix, memory, context, head), context,
                                      reduction="none").mean(1)
@@ -42,21 +43,53 @@ def plain_loss(model: GradMem, context: Tensor, query: Tensor, labels: Tensor) -
         if cfg.inner_clip_norm is not None:
             norm = grad.flatten(1).norm(dim=1)[:, None, None]
             grad = torch.where(norm > cfg.inner_clip_norm, grad * (cfg.inner_clip_norm / (norm + 1e-6)), grad)
-        scale = 1.0 if model.inner_lr_scale is None else model.inner_lr_scale[k]
-        memory = memory - cfg.inner_lr * scale * grad
+        grads.append(grad)
+        memory = memory - cfg.inner_lr * plain_scale(model, k) * plain_direction(cfg, grads, memory)
     logits = predict(model.read_prefix, memory, query, lm.head_weight)
     return F.cross_entropy(logits, labels) + cfg.inner_loss_weight * inner, memory
+
+
+def plain_scale(model: GradMem, k: int) -> Tensor | float:
+    scale = model.inner_lr_scale
+    if model.config.learn_inner_lr == "none":
+        return 1.0
+    assert scale is not None
+    return {"step": lambda: scale[k], "token": lambda: scale.view(-1, 1),
+            "step_token": lambda: scale[k].view(-1, 1)}[model.config.learn_inner_lr]()
+
+
+def plain_direction(cfg: GradMemConfig, grads: list[Tensor], memory: Tensor) -> Tensor:
+    """With the moments written out as sums over the gradients until now."""
+    def moment(terms: list[Any], decay: float) -> Any:
+        return sum(decay ** (len(terms) - 1 - j) * term for j, term in enumerate(terms))
+
+    if cfg.inner_optimizer == "sgd":
+        return grads[-1]
+    if cfg.inner_optimizer == "momentum":
+        decay = 0.9 if cfg.inner_momentum is None else cfg.inner_momentum
+        return moment(grads, decay) * (decay if cfg.inner_nesterov else 1) + grads[-1] * cfg.inner_nesterov
+    one, (b1, b2) = [1.0] * len(grads), (cfg.inner_beta1 or 0.9, cfg.inner_beta2 or 0.999)
+    first = moment(grads, b1) / moment(one, b1)
+    second = moment([g.square() for g in grads], b2) / moment(one, b2)
+    root = (second + (cfg.inner_eps_root or 0.0)).sqrt()
+    return first / (root + (cfg.inner_eps or 1e-8)) + (cfg.inner_weight_decay or 0.0) * memory
 
 
 @pytest.mark.parametrize("options", [
     {},
     {"recompute": "none", "inner_loss_weight": 0.7},
-    {"recompute": "layer", "inner_loss_weight": 0.7, "learn_inner_lr": True},
-    {"write_head": True, "control_tokens": 2, "memory_projection": "shared", "learn_inner_lr": True},
+    {"recompute": "layer", "inner_loss_weight": 0.7, "learn_inner_lr": "step"},
+    {"write_head": True, "control_tokens": 2, "memory_projection": "shared", "learn_inner_lr": "step"},
     {"memory_projection": "shared", "inner_clip_norm": 0.05},
     {"tie_embeddings": True, "steps": 3, "second_order_steps": 1},
     {"order": "first", "write_head": True},
     {"steps": 0, "control_tokens": 1},
+    {"inner_optimizer": "momentum", "learn_inner_lr": "token", "steps": 3},
+    {"inner_optimizer": "momentum", "inner_momentum": 0.5, "inner_nesterov": True, "recompute": "none"},
+    {"inner_optimizer": "adam", "inner_lr": 0.1, "learn_inner_lr": "step_token", "recompute": "layer"},
+    {"inner_optimizer": "adam", "inner_lr": 0.1, "inner_beta1": 0.7, "inner_beta2": 0.8, "inner_eps": 1e-3,
+     "inner_eps_root": 1e-4, "inner_weight_decay": 0.3, "inner_clip_norm": 0.05, "learn_inner_lr": "step"},
+    {"inner_optimizer": "adam", "inner_lr": 0.1, "order": "first", "steps": 3},
 ], ids=str)
 def test_loss_memory_and_gradients_match_plain_pytorch(make_model: MakeModel, options: dict) -> None:
     model = make_model(**options)
@@ -99,7 +132,7 @@ def test_loss_is_the_mean_over_all_labels(make_model: MakeModel) -> None:
 
 
 def test_write_and_read_are_the_two_halves_of_forward(make_model: MakeModel) -> None:
-    model = make_model(control_tokens=1, learn_inner_lr=True)
+    model = make_model(control_tokens=1, learn_inner_lr="step")
     context, query = ids(2, 6), ids(2, 3, 4)
     out, memory = model(context, query), model.write(context)
     torch.testing.assert_close(memory.tensor, out.memory)
@@ -125,7 +158,7 @@ def test_write_without_grad_and_in_inference_mode(make_model: MakeModel) -> None
 
 
 def test_steps_of_a_write(make_model: MakeModel) -> None:
-    model = make_model(learn_inner_lr=True)
+    model = make_model(learn_inner_lr="step")
     context = ids(2, 6)
     assert torch.equal(model.write(context, steps=0).tensor, model.memory_init.expand(2, -1, -1))
     for steps in (1, 3):
@@ -139,8 +172,10 @@ def test_steps_of_a_write(make_model: MakeModel) -> None:
     assert model.write(context).tensor.isfinite().all()
 
 
-def test_memory_depends_on_its_own_context_alone(make_model: MakeModel) -> None:
-    model = make_model(control_tokens=1, inner_clip_norm=0.3)
+@pytest.mark.parametrize("rule", [{}, {"inner_optimizer": "momentum"}, {"inner_optimizer": "adam", "inner_lr": 0.1}],
+                         ids=str)
+def test_memory_depends_on_its_own_context_alone(make_model: MakeModel, rule: dict) -> None:
+    model = make_model(control_tokens=1, inner_clip_norm=0.3, **rule)
     contexts, lengths = ids(3, 9), torch.tensor([9, 4, 1])
     together = model.write(contexts, context_lengths=lengths)
     other_padding = contexts.clone()
@@ -193,7 +228,7 @@ def test_generate_stops_at_the_end_token(make_model: MakeModel) -> None:
 
 
 def test_half_precision_model_keeps_its_memory_in_float32(make_model: MakeModel) -> None:
-    model = make_model(learn_inner_lr=True, control_tokens=1).bfloat16()
+    model = make_model(learn_inner_lr="step", control_tokens=1).bfloat16()
     context, query = ids(2, 6), ids(2, 4)
     out = model(context, query, query)
     out.loss.backward()
@@ -288,7 +323,8 @@ def test_bad_inputs_are_refused_by_name(make_model: MakeModel, argument: str, ca
     (GradMemConfig, {"order": "third"}), (GradMemConfig, {"recompute": "all"}), (GradMemConfig, {"memory_tokens": 0}),
     (GradMemConfig, {"inner_clip_norm": 0.0}), (GradMemConfig, {"write_head": 1}),
     (GradMemConfig, {"second_order_steps": 3}), (GradMemConfig, {"second_order_steps": 1, "order": "first"}),
-    (GradMemConfig, {"learn_inner_lr": True, "steps": 0}), (GradMemConfig, {"memory_projection": "rows"}),
+    (GradMemConfig, {"learn_inner_lr": "step", "steps": 0}), (GradMemConfig, {"learn_inner_lr": "layer"}),
+    (GradMemConfig, {"memory_projection": "rows"}),
     (LMConfig, {"hidden_size": 30}), (LMConfig, {"num_kv_heads": 3}), (LMConfig, {"norm_eps": float("inf")}),
     (LMConfig, {"wings": 2}),
 ], ids=str)
@@ -299,6 +335,7 @@ def test_bad_configurations_are_refused_by_name(config: type, values: dict) -> N
 
 
 def test_configurations_survive_json() -> None:
-    config = GradMemConfig(steps=3, inner_lr=1, inner_clip_norm=0.5, second_order_steps=2)
+    config = GradMemConfig(steps=3, inner_lr=1, inner_clip_norm=0.5, second_order_steps=2, inner_optimizer="adam",
+                           inner_eps=1, learn_inner_lr="token")
     assert GradMemConfig.from_dict(config.to_dict()) == config
     assert isinstance(config.inner_lr, float)
