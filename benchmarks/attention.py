@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.attention_providers import (
+    BYTE_FORMULA,
     EAGER,
     FIRST_ORDER,
     FLOP_FORMULA,
@@ -31,15 +31,22 @@ from benchmarks.harness import (
     Provenance,
     Report,
     Row,
-    cuda_clock,
+    Samples,
+    clock_of,
     gate,
     interleave_prepared,
     mebibytes,
+    merged,
     old_objects_aside,
+    peak,
+    peak_bytes,
+    peak_rss,
     quantiles,
-    wall_clock,
+    ratio,
+    release,
+    require_parts,
+    timed,
 )
-from benchmarks.live_memory import peak_live_bytes
 from gradmem_kernels.backend import BackendError
 from gradmem_kernels.recompute import free_memory
 
@@ -101,20 +108,13 @@ def run(options: Options) -> Report:
     """All parts, or those named in ``options.only``."""
     device = torch.device(options.device).type
     parts = QUICK if options.quick else CUDA if device == "cuda" else CPU
-    unknown = set(options.only) - set(parts)
-    if unknown:
-        raise SystemExit(f"--only: expected parts of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
-    rows, refused = [], []
-    for part in (part for name, part in parts.items() if name in options.only or not options.only):
-        for shape in part.shapes:
-            found, wrong = measure(part, shape, options)
-            rows += found
-            refused += wrong
-    return Report(rows, refused)
+    require_parts(options, parts)
+    return merged(measure(part, shape, options) for name, part in parts.items()
+                  if name in options.only or not options.only for shape in part.shapes)
 
 
 @old_objects_aside()
-def measure(part: Part, shape: Shape, options: Options) -> tuple[list[Row], list[str]]:
+def measure(part: Part, shape: Shape, options: Options) -> Report:
     """One shape: every provider in every mode is checked, then those that are right are timed, interleaved."""
     device = torch.device(options.device).type
     check_shape = replace(shape, length=min(shape.length, CHECKED_LENGTH[device]))
@@ -126,22 +126,22 @@ def measure(part: Part, shape: Shape, options: Options) -> tuple[list[Row], list
             of = of._replace(unavailable=too_large(provider, shape, part.dtype, options.device))
         if of.unavailable is None and of.wrong is None:
             make = partial(prepare, mode, provider.load(shape), data)
-            of = _attempt(provider, lambda make=make, of=of: of._replace(peak=peak_bytes(make, options.device)))
+            of = _attempt(provider, lambda make=make, of=of: of._replace(
+                peak=peak_bytes(lambda: make()(), options.device)))
             if of.unavailable is None and of.wrong is None:
                 prepared[provider, mode] = make
         found[provider, mode] = of
-    seconds: Mapping[tuple[Provider, str], list[float]] = {}
+    samples: Mapping[tuple[Provider, str], Samples] = {}
     if part.timed:
-        clock = cuda_clock(options.device) if device == "cuda" else wall_clock
-        seconds = interleave_prepared(prepared, options, clock)
-        for key in prepared.keys() - seconds.keys():
+        samples = interleave_prepared(prepared, options, clock_of(options.device))
+        for key in prepared.keys() - samples.keys():
             found[key] = Checked(unavailable="out of memory")
     base = Row(suite="attention", step="attention", provider="", mode="", dtype=str(part.dtype).removeprefix("torch."),
                shape=asdict(shape), checked_shape=None if check_shape == shape else asdict(check_shape),
                provenance=Provenance.here(options.device))
-    rows = [_row(base, key, of, seconds, shape) for key, of in found.items() if of.wrong is None]
+    rows = [_row(base, key, of, samples, shape, part.dtype) for key, of in found.items() if of.wrong is None]
     at = "B {batch} H {heads}/{kv_heads} S {length} d {head_dim}".format(**asdict(shape))
-    return rows, [f"{of.wrong} ({at})" for of in found.values() if of.wrong is not None]
+    return Report(rows, [f"{of.wrong} ({at})" for of in found.values() if of.wrong is not None])
 
 
 def too_large(provider: Provider, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
@@ -191,45 +191,31 @@ def _attempt(provider: Provider, work: Callable[[], Checked]) -> Checked:
         reason = f"{type(error).__name__}: {first_line}"
         ours = provider.name.startswith("gradmem") and not isinstance(error, BackendError)
         found = Checked(wrong=f"{provider.name}: {reason}") if ours else Checked(unavailable=reason)
-    _free()
+    release()
     return found
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def alone(provider: str, mode: str, shape: Shape, dtype: torch.dtype) -> Callable[[], Any]:
+    """A mode and what it needs before it, for a process that runs nothing else."""
+    load = next(known.load for known in PROVIDERS if known.name == provider)
+    return lambda: prepare(mode, load(shape), draw(shape, dtype, "cpu"))()
 
 
-def peak_bytes(make: Callable[[], Callable[[], Any]], device: str) -> int:
-    """The most that a mode and what it needs before it hold at once, inputs aside."""
-    if torch.device(device).type == "cpu":
-        return peak_live_bytes(lambda: make()())
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    make()()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _row(base: Row, key: tuple[Provider, str], of: Checked, seconds: Mapping[tuple[Provider, str], list[float]],
-         shape: Shape) -> Row:
+def _row(base: Row, key: tuple[Provider, str], of: Checked, samples: Mapping[tuple[Provider, str], Samples],
+         shape: Shape, dtype: torch.dtype) -> Row:
     provider, mode = key
     cuda = base.provenance.cuda is not None
     row = replace(base, provider=provider.name, mode=mode, error=of.error, eager_error=of.eager_error,
                   unavailable=of.unavailable, **{"peak_device_bytes" if cuda else "peak_live_bytes": of.peak})
-    if key not in seconds:
+    if of.peak is not None and not cuda:
+        row = replace(row, peak_rss_bytes=peak_rss(alone, provider.name, mode, shape, dtype))
+    if key not in samples:
         return row
-    times = seconds[key]
-    q20, median, q80 = (1e3 * t for t in quantiles(times))
-    row = replace(row, median_ms=median, q20_ms=q20, q80_ms=q80, repeats=len(times), l2="flushed" if cuda else None,
-                  tflops=shape.flops(mode) / median * 1e-9, flop_formula=FLOP_FORMULA)
-    if (EAGER, mode) in seconds:
-        row = replace(row, ratio_to_eager=_ratio(times, seconds[EAGER, mode]))
-    first = fastest_first_order(seconds)
+    row = replace(timed(row, samples[key], samples.get((EAGER, mode)), flops=shape.flops(mode),
+                        moved=shape.bytes(mode, dtype)), flop_formula=FLOP_FORMULA, byte_formula=BYTE_FORMULA)
+    first = fastest_first_order({key: of.seconds for key, of in samples.items()})
     if first is not None:
-        row = replace(row, price=_ratio(times, first[1]), price_of=first[0].name)
+        row = replace(row, price=ratio(samples[key].seconds, first[1]), price_of=first[0].name)
     return row
 
 
@@ -240,10 +226,6 @@ def fastest_first_order(
             for provider in dict.fromkeys(provider for provider, _ in seconds)
             if all((provider, mode) in seconds for mode in FIRST_ORDER)}
     return min(sums.items(), key=lambda item: quantiles(item[1])[1], default=None)
-
-
-def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    return quantiles([a / b for a, b in zip(times, others, strict=True)])[1]
 
 
 def table(rows: Sequence[Row]) -> Group:
@@ -264,12 +246,13 @@ def _times(rows: Sequence[Row]) -> Table:
         title += f"; checked at length {first.checked_shape['length']}"
     yardstick = next((row.price_of for row in rows if row.price_of), "none")
     out = Table(title=title, caption=f"FLOP: {FLOP_FORMULA}\nprice: of forward and backward by {yardstick}")
-    for column in ("provider", "mode", "ms", "20 %", "80 %", "of eager", "GFLOP/s", "price", "peak MiB", "error"):
+    for column in ("provider", "mode", "ms", "20 %", "80 %", "of eager", "GFLOP/s", "price", "peak MiB", "RSS MiB",
+                   "faults", "error"):
         out.add_column(column, justify="left" if column in ("provider", "mode") else "right")
     for row in (row for row in rows if row.unavailable is None):
         out.add_row(row.provider, row.mode, *(f"{ms:.3f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)),
                     _factor(row.ratio_to_eager), f"{1e3 * row.tflops:.0f}", _factor(row.price),
-                    mebibytes(_peak(row)), f"{row.error:.0e}")
+                    mebibytes(peak(row)), mebibytes(row.peak_rss_bytes), _count(row.minor_faults), f"{row.error:.0e}")
     out.caption += "".join(f"\n{line}" for line in _unavailable(rows))
     return out
 
@@ -283,10 +266,10 @@ def _memory(rows: Sequence[Row]) -> Table:
         out.add_column(column, justify="left" if column == "provider" else "right")
     for provider in dict.fromkeys(row.provider for row in rows):
         line = {row.shape["length"]: row for row in rows if row.provider == provider}
-        peaks = [(s, _peak(row)) for s, row in sorted(line.items()) if _peak(row) is not None]
+        peaks = [(s, peak(row)) for s, row in sorted(line.items()) if peak(row) is not None]
         growth = (peaks[-1][1] - peaks[-2][1]) / (peaks[-1][0] - peaks[-2][0]) if len(peaks) > 1 else None
         if peaks:
-            out.add_row(provider, *(mebibytes(_peak(line[s])) if s in line else "-" for s in lengths),
+            out.add_row(provider, *(mebibytes(peak(line[s])) if s in line else "-" for s in lengths),
                         "-" if growth is None else f"{growth:.0f}")
     out.caption = "\n".join(_unavailable(rows))
     return out
@@ -305,9 +288,9 @@ def _unavailable(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _peak(row: Row) -> int | None:
-    return row.peak_device_bytes if row.peak_live_bytes is None else row.peak_live_bytes
-
-
 def _factor(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _count(number: float | None) -> str:
+    return "-" if number is None else f"{number:.0f}"

@@ -16,15 +16,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradmem_kernels import attention, attention_dual
 
-__all__ = ["EAGER", "FIRST_ORDER", "FLOP_FORMULA", "MODES", "PROVIDERS", "Data", "Functions", "Provider", "Shape",
-           "draw", "head_by_head", "plain", "prepare"]
+__all__ = ["BYTE_FORMULA", "EAGER", "FIRST_ORDER", "FLOP_FORMULA", "MODES", "PROVIDERS", "Data", "Functions",
+           "Provider", "Shape", "draw", "head_by_head", "plain", "prepare"]
 
 #: Useful products of [S, S, d] matrices of each mode; causal attention needs half of each.
 PRODUCTS = {"forward": 2, "backward": 5, "double_backward": 12, "dual_forward": 6, "dual_backward": 15, "step": 28}
 MODES = tuple(PRODUCTS)
 FIRST_ORDER = ("forward", "backward")
+#: Tensors ``[B, S, d]`` of query heads and of key heads that a mode reads or writes, each once.
+TENSORS = {"forward": (2, 2), "backward": (4, 4), "double_backward": (5, 6), "dual_forward": (4, 4),
+           "dual_backward": (8, 8), "step": (18, 18)}
 FLOP_FORMULA = ("n * 2 B H S^2 d (causal: half), n = 2 forward, 5 backward, 12 double backward, 6 dual forward, "
                 "15 dual backward, 28 step")
+BYTE_FORMULA = "inputs, tangents and cotangents read once, results written once; a step: the sum of its four passes"
 
 Named = dict[str, Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,6 +49,12 @@ class Shape:
         """Floating-point operations of a mode after :data:`FLOP_FORMULA`."""
         product = 2 * self.batch * self.heads * self.length**2 * self.head_dim
         return PRODUCTS[mode] * product / (2 if self.causal else 1)
+
+    def bytes(self, mode: str, dtype: torch.dtype) -> int:
+        """What a mode must move at least, after :data:`BYTE_FORMULA`."""
+        queries, keys = TENSORS[mode]
+        rows = self.batch * self.length * self.head_dim
+        return rows * (queries * self.heads + keys * self.kv_heads) * dtype.itemsize
 
 
 class Data(NamedTuple):

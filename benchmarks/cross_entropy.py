@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +13,21 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.attention import peak_bytes
 from benchmarks.harness import (
     Options,
     Provenance,
     Report,
     Row,
-    cuda_clock,
+    Samples,
+    clock_of,
     gate,
     interleave_prepared,
     mebibytes,
-    quantiles,
-    wall_clock,
+    merged,
+    peak,
+    peak_bytes,
+    peak_rss,
+    timed,
 )
 from gradmem_kernels import linear_cross_entropy, linear_cross_entropy_dual
 
@@ -34,6 +37,9 @@ DEVICES = ("cpu", "cuda")
 #: Matrix products of 2 B S V D operations that each mode needs, gradients of hidden and weight included.
 PRODUCTS = {"forward_backward": 3, "double_backward": 7, "dual": 6}
 FLOP_FORMULA = "n * 2 B S V D; n = " + ", ".join(f"{n} {mode}" for mode, n in PRODUCTS.items())
+#: Tensors of hidden's and of weight's size that a mode reads or writes, each once.
+TENSORS = {"forward_backward": (2, 2), "double_backward": (3, 3), "dual": (4, 2)}
+BYTE_FORMULA = "hidden, weight, what they are differentiated along and their gradients, each read or written once"
 #: Positions of a sample at most on which errors are measured: float64 with all logits has to fit.
 CHECKED_LENGTH = 256
 
@@ -46,7 +52,13 @@ class Shape:
     vocabulary: int
 
     def flops(self, mode: str) -> float:
+        """Operations that a mode must spend, after :data:`FLOP_FORMULA`."""
         return PRODUCTS[mode] * 2.0 * self.batch * self.length * self.vocabulary * self.width
+
+    def bytes(self, mode: str, dtype: torch.dtype) -> int:
+        """What a mode must move at least, after :data:`BYTE_FORMULA`."""
+        hidden, weight = TENSORS[mode]
+        return dtype.itemsize * self.width * (hidden * self.batch * self.length + weight * self.vocabulary)
 
 
 CUDA = (torch.bfloat16, [Shape(4, 2048, 2048, 128256), Shape(4, 512, 2048, 128256), Shape(4, 2048, 1024, 50257),
@@ -149,20 +161,15 @@ def _gradients(outputs: Sequence[Tensor], bars: Sequence[Tensor], inputs: Sequen
 def run(options: Options) -> Report:
     device = torch.device(options.device).type
     dtype, shapes = QUICK if options.quick else CUDA if device == "cuda" else CPU
-    rows, refused = [], []
-    for shape in shapes:
-        found, wrong = measure(shape, dtype, options)
-        rows += found
-        refused += wrong
-    return Report(rows, refused)
+    return merged(measure(shape, dtype, options) for shape in shapes)
 
 
-def measure(shape: Shape, dtype: torch.dtype, options: Options) -> tuple[list[Row], list[str]]:
+def measure(shape: Shape, dtype: torch.dtype, options: Options) -> Report:
     """One shape: every provider in every mode is checked, then those that are right are timed, interleaved."""
     checked = replace(shape, length=min(shape.length, CHECKED_LENGTH))
     base = Row(suite="cross-entropy", step="linear_cross_entropy", provider="", mode="", dtype=str(dtype)[6:],
                shape=asdict(shape), checked_shape=None if checked == shape else asdict(checked),
-               flop_formula=FLOP_FORMULA, provenance=Provenance.here(options.device))
+               flop_formula=FLOP_FORMULA, byte_formula=BYTE_FORMULA, provenance=Provenance.here(options.device))
     cuda = base.provenance.cuda is not None
     small, data = draw(checked, dtype, options.device), draw(shape, dtype, options.device)
     found: dict[tuple[str, str], Row] = {}
@@ -175,7 +182,7 @@ def measure(shape: Shape, dtype: torch.dtype, options: Options) -> tuple[list[Ro
             make = partial(prepare, mode, provider, data)
             try:
                 ours = errors(prepare(mode, provider, small)(), exact)
-                peak = peak_bytes(make, options.device)
+                most = peak_bytes(lambda make=make: make()(), options.device)
             except (torch.OutOfMemoryError, AttributeError) as error:  # AttributeError: an older PyTorch
                 found[provider.name, mode] = replace(row, unavailable=next(iter(str(error).splitlines()), "memory"))
                 continue
@@ -183,13 +190,21 @@ def measure(shape: Shape, dtype: torch.dtype, options: Options) -> tuple[list[Ro
             if wrong is not None:
                 refused.append(wrong)
                 continue
-            found[provider.name, mode] = replace(row, error=max(ours.values()), eager_error=max(plain.values()),
-                                                 **{"peak_device_bytes" if cuda else "peak_live_bytes": peak})
+            found[provider.name, mode] = replace(
+                row, error=max(ours.values()), eager_error=max(plain.values()),
+                peak_rss_bytes=None if cuda else peak_rss(alone, provider.name, mode, shape, dtype),
+                **{"peak_device_bytes" if cuda else "peak_live_bytes": most})
             prepared[provider.name, mode] = make
-    seconds = interleave_prepared(prepared, options, cuda_clock(options.device) if cuda else wall_clock)
-    for key in prepared.keys() - seconds.keys():
+    samples = interleave_prepared(prepared, options, clock_of(options.device))
+    for key in prepared.keys() - samples.keys():
         found[key] = replace(base, provider=key[0], mode=key[1], unavailable="out of memory")
-    return [_timed(row, seconds, shape, cuda) for row in found.values()], refused
+    return Report([_timed(row, samples, shape, dtype) for row in found.values()], refused)
+
+
+def alone(provider: str, mode: str, shape: Shape, dtype: torch.dtype) -> Callable[[], Any]:
+    """A mode and what it needs before it, for a process that runs nothing else."""
+    who = next(known for known in PROVIDERS if known.name == provider)
+    return lambda: prepare(mode, who, draw(shape, dtype, "cpu"))()
 
 
 def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
@@ -197,14 +212,12 @@ def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[s
     return {name: float((t.double() - exact[name]).norm() / exact[name].norm()) for name, t in results.items()}
 
 
-def _timed(row: Row, seconds: Mapping[tuple[str, str], Sequence[float]], shape: Shape, cuda: bool) -> Row:
-    times, eager_times = (seconds.get((name, row.mode)) for name in (row.provider, "eager"))
-    if times is None:
+def _timed(row: Row, samples: Mapping[tuple[str, str], Samples], shape: Shape, dtype: torch.dtype) -> Row:
+    ours = samples.get((row.provider, row.mode))
+    if ours is None:
         return row
-    q20, median, q80 = (1e3 * t for t in quantiles(times))
-    ratio = None if eager_times is None else quantiles([a / b for a, b in zip(times, eager_times, strict=True)])[1]
-    return replace(row, median_ms=median, q20_ms=q20, q80_ms=q80, repeats=len(times), ratio_to_eager=ratio,
-                   tflops=shape.flops(row.mode) / median * 1e-9, l2="flushed" if cuda else None)
+    return timed(row, ours, samples.get(("eager", row.mode)), flops=shape.flops(row.mode),
+                 moved=shape.bytes(row.mode, dtype))
 
 
 def table(rows: Sequence[Row]) -> Group:
@@ -218,14 +231,13 @@ def table(rows: Sequence[Row]) -> Group:
 def _table(rows: Sequence[Row]) -> Table:
     shape = ", ".join(f"{name} {size}" for name, size in rows[0].shape.items())
     out = Table(title=f"linear_cross_entropy, {rows[0].dtype}; {shape}", caption=f"FLOP: {FLOP_FORMULA}")
-    for column in ("provider", "mode", "ms", "20 %", "80 %", "of eager", "GFLOP/s", "peak MiB", "error"):
+    for column in ("provider", "mode", "ms", "20 %", "80 %", "of eager", "GFLOP/s", "peak MiB", "RSS MiB", "error"):
         out.add_column(column, justify="left" if column in ("provider", "mode") else "right")
     for row in rows:
         if row.median_ms is None:
             out.caption += f"\n{row.provider} {row.mode} unavailable: {row.unavailable}"
             continue
-        peak = row.peak_device_bytes if row.peak_live_bytes is None else row.peak_live_bytes
         ratio = "-" if row.ratio_to_eager is None else f"{row.ratio_to_eager:.2f}x"
         out.add_row(row.provider, row.mode, *(f"{ms:.3f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)), ratio,
-                    f"{1e3 * row.tflops:.0f}", mebibytes(peak), f"{row.error:.0e}")
+                    f"{1e3 * row.tflops:.0f}", mebibytes(peak(row)), mebibytes(row.peak_rss_bytes), f"{row.error:.0e}")
     return out

@@ -10,16 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.shapes import Shape
 from gradmem_kernels import backend as backends
 from gradmem_kernels.vendor import attention as vendor
 
-__all__ = ["PARTS", "Sizes", "executed", "model"]
+__all__ = ["PARTS", "executed", "model"]
 
 #: What the counts are split into: the linear layers, attention, and the head with its logits.
 PARTS = ("linear", "attention", "head")
@@ -35,23 +36,7 @@ ATTENTION_PRODUCTS = {"forward": (2, 0, 0), "backward": (0, 5, 0), "dual_forward
                       "dual_backward": (0, 7, 8), "double_backward": (0, 5, 7)}
 
 
-class Sizes(Protocol):
-    """Of the decoder and its rows."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    width: int
-    intermediate: int
-    vocabulary: int
-    batch: int
-    context_tokens: int
-    memory_tokens: int
-    query_tokens: int
-    steps: int
-
-
-def model(shape: Sizes, mode: str, *, trained: bool = True) -> dict[str, float]:
+def model(shape: Shape, mode: str, *, trained: bool = True) -> dict[str, float]:
     """Operations of a meta-step of the library with ``recompute=mode``, by part.
 
     ``trained``: gradients go to all weights and the embeddings, otherwise to the memory alone.
@@ -65,7 +50,7 @@ def model(shape: Sizes, mode: str, *, trained: bool = True) -> dict[str, float]:
 class _Pass:
     """The products of one pass of the decoder over the memory and ``tokens`` tokens behind it."""
 
-    def __init__(self, shape: Sizes, tokens: int) -> None:
+    def __init__(self, shape: Shape, tokens: int) -> None:
         self.layers, context = shape.layers, tokens - 1
         rows = shape.memory_tokens + context
         key = shape.width * shape.kv_heads // shape.heads

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from benchmarks.harness import Options, Report, Row
 from benchmarks.live_memory import peak_live_bytes
-from benchmarks.meta_step_providers import LLAMA_1B, PROVIDERS, QUICK, Provider, Shape, make_step
+from benchmarks.meta_step_providers import PROVIDERS, Provider, make_step
 from benchmarks.on_meta import triton_on_meta
+from benchmarks.shapes import LLAMA_1B, QUICK, Shape
 from gradmem_kernels import Decoder, Prefix, PrefixLoss
 
 __all__ = ["LENGTHS", "PROVIDERS", "STEPS", "measured_bytes", "model_bytes", "run", "table"]

@@ -5,37 +5,30 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import gc
-import importlib.metadata
-import json
+import importlib
 import multiprocessing
-import os
-import platform
-import re
 import resource
-import shutil
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["RESULTS", "Options", "Process", "Provenance", "Report", "Result", "Row", "Samples", "check_storable",
-           "cuda_clock", "gate", "in_fresh_process", "interleave", "interleave_prepared", "measure_process",
-           "mebibytes", "old_objects_aside", "quantiles", "relative_errors", "store", "wall_clock"]
+from benchmarks.live_memory import peak_live_bytes
+from benchmarks.provenance import Provenance
+from benchmarks.rows import Report, Row, mebibytes, merged, peak, store
 
-RESULTS = Path(__file__).parent / "results"
+__all__ = ["Options", "Provenance", "Report", "Result", "Row", "Samples", "clock_of", "cuda_clock", "gate",
+           "in_fresh_process", "interleave", "interleave_prepared", "mebibytes", "merged", "old_objects_aside", "peak",
+           "peak_bytes", "peak_rss", "quantiles", "ratio", "relative_errors", "release", "require_parts", "store",
+           "timed", "wall_clock"]
 
 #: A provider may be this many times less exact than plain PyTorch in the same dtype, both against float64.
 ERROR_FACTOR = 4.0
-#: Environment variables that change the speed or the memory of a run.
-ENVIRONMENT = ("GLIBC_TUNABLES", "GRADMEM_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TRITON_")
-
 #: A loss and the gradients of it, by name.
 Result = tuple[Tensor, dict[str, Tensor]]
 T = TypeVar("T")
@@ -56,98 +49,8 @@ class Options:
     device: str = "cpu"
     #: Parts of the suite to run, by name; all of them if empty.
     only: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where and when a number was measured, and with what."""
-
-    device: str
-    threads: int
-    python: str
-    torch: str
-    triton: str | None
-    #: Version of the GPU's driver, and of the CUDA that torch was built with; None on a CPU.
-    driver: str | None
-    commit: str | None
-    modified: bool
-    date: str
-    environment: Mapping[str, str]
-    cuda: str | None = None
-
-    @classmethod
-    def here(cls, device: str = "cpu") -> Provenance:
-        """The provenance of this process. ``modified``: the tree differs from ``commit``, stored results aside.
-
-        Where git tells nothing, the environment variable ``GRADMEM_COMMIT`` names the commit.
-        """
-        try:
-            triton = importlib.metadata.version("triton")
-        except importlib.metadata.PackageNotFoundError:
-            triton = None
-        gpu = torch.device(device).type == "cuda"
-        return cls(
-            device=torch.cuda.get_device_name(device) if gpu else _cpu_model(), threads=torch.get_num_threads(),
-            python=platform.python_version(), torch=torch.__version__, triton=triton,
-            driver=_gpu_driver() if gpu else None, cuda=torch.version.cuda if gpu else None,
-            commit=_git("rev-parse", "HEAD") or os.environ.get("GRADMEM_COMMIT") or None,
-            modified=bool(_git("status", "--porcelain", "--", ".", f":(exclude){RESULTS.relative_to(_root())}")),
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)})
-
-
-@dataclass(frozen=True)
-class Row:
-    """One result. ``None``: not measured by this suite. Times in milliseconds, quantiles 0.2 and 0.8 beside medians."""
-
-    suite: str
-    step: str
-    provider: str
-    mode: str
-    dtype: str
-    shape: Mapping[str, int]
-    median_ms: float | None = None
-    q20_ms: float | None = None
-    q80_ms: float | None = None
-    repeats: int | None = None
-    #: Median of the ratios within each round of the interleaved run.
-    ratio_to_eager: float | None = None
-    tflops: float | None = None
-    flop_formula: str | None = None
-    #: Operations of the products of a step: after the cost model, and counted from those that run.
-    model_flops: float | None = None
-    executed_flops: float | None = None
-    #: The bytes that the step has to move at least, over its time.
-    gigabytes_per_second: float | None = None
-    byte_formula: str | None = None
-    peak_live_bytes: int | None = None
-    peak_rss_bytes: int | None = None
-    minor_faults: float | None = None
-    #: Of the same after a model, from sizes alone.
-    model_bytes: int | None = None
-    #: The most that PyTorch's allocator had handed out at once on the GPU, less what lived before.
-    peak_device_bytes: int | None = None
-    #: Of the GPU's cache before each timed call: "flushed", or None on a CPU.
-    l2: str | None = None
-    #: Median of the ratios, within each round, to first order alone, and who ran that.
-    price: float | None = None
-    price_of: str | None = None
-    #: The largest relative error of the loss and the gradients against float64, and plain PyTorch's own.
-    error: float | None = None
-    eager_error: float | None = None
-    #: The shape on which errors were measured, where it is not ``shape``.
-    checked_shape: Mapping[str, int] | None = None
-    #: Why there are no numbers: not installed, refused by the provider, out of memory.
-    unavailable: str | None = None
-    provenance: Provenance = field(default_factory=Provenance.here)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a suite hands back: rows worth storing, and what it refused to measure, with the reasons."""
-
-    rows: Sequence[Row]
-    refused: Sequence[str] = ()
+    #: A checkout of the paper's repository, whose model is measured too.
+    peer_path: str | None = None
 
 
 class Samples(NamedTuple):
@@ -188,27 +91,37 @@ def interleave(steps: Mapping[T, Callable[[], Any]], options: Options) -> dict[T
 
 @old_objects_aside()
 def interleave_prepared(prepare: Mapping[T, Callable[[], Callable[[], Any]]], options: Options,
-                        clock: Clock) -> dict[T, list[float]]:
+                        clock: Clock) -> dict[T, Samples]:
     """As :func:`interleave`, for work that needs something before it which is not timed: ``prepare[name]()`` returns
     the work. It is prepared anew in each round, run once, timed once and freed, so that only one is in memory. What
     runs out of the GPU's memory is left out."""
-    samples: dict[T, list[float]] = {name: [] for name in prepare}
+    samples = {name: Samples([], []) for name in prepare}
     for k in range(options.repeats):
         for name in list(samples) if k % 2 == 0 else reversed(list(samples)):
             try:
-                samples[name].append(_prepared_time(prepare[name], options.warmup, clock))
+                seconds, faults = _prepared_time(prepare[name], options.warmup, clock)
             except torch.OutOfMemoryError:
                 del samples[name]
                 torch.cuda.empty_cache()
+            else:
+                samples[name].seconds.append(seconds)
+                samples[name].minor_faults.append(faults)
     return samples
 
 
-def _prepared_time(prepare: Callable[[], Callable[[], Any]], warmup: int, clock: Clock) -> float:
+def _prepared_time(prepare: Callable[[], Callable[[], Any]], warmup: int, clock: Clock) -> tuple[float, int]:
     work = prepare()
     for _ in range(warmup):
         work()
     gc.collect()
-    return clock(work)
+    faults = _minor_faults()
+    seconds = clock(work)
+    return seconds, _minor_faults() - faults
+
+
+def clock_of(device: str) -> Clock:
+    """The clock for work on this device."""
+    return cuda_clock(device) if torch.device(device).type == "cuda" else wall_clock
 
 
 def wall_clock(work: Callable[[], Any]) -> float:
@@ -238,6 +151,32 @@ def cuda_clock(device: str) -> Clock:
     return clock
 
 
+def timed(row: Row, samples: Samples, eager: Samples | None = None, *, flops: float | None = None,
+          moved: float | None = None) -> Row:
+    """The row with its times, page faults (of a CPU), the ratio to ``eager`` of the same rounds, and rates.
+
+    Args:
+        row: of the device that ``samples`` are of.
+        samples: a provider's.
+        eager: plain PyTorch's, where it ran.
+        flops: operations that the work must spend.
+        moved: bytes that it must move.
+    """
+    q20, median, q80 = (1e3 * t for t in quantiles(samples.seconds))
+    cuda = row.provenance.cuda is not None
+    return replace(
+        row, median_ms=median, q20_ms=q20, q80_ms=q80, repeats=len(samples.seconds), l2="flushed" if cuda else None,
+        minor_faults=None if cuda else quantiles(samples.minor_faults)[1], must_flops=flops, must_bytes=moved,
+        ratio_to_eager=None if eager is None else ratio(samples.seconds, eager.seconds),
+        tflops=None if flops is None else flops / median * 1e-9,
+        gigabytes_per_second=None if moved is None else moved / median * 1e-6)
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios within each round."""
+    return quantiles([a / b for a, b in zip(times, others, strict=True)])[1]
+
+
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The 0.2, 0.5 and 0.8 quantiles."""
     if len(values) < 2:
@@ -264,87 +203,54 @@ def gate(name: str, errors: Mapping[str, float], eager: Mapping[str, float]) -> 
     return f"{name}: wrong against float64: {'; '.join(bad[:4])}" if bad else None
 
 
-def mebibytes(size: float | None) -> str:
-    """For a table; a dash where nothing was measured."""
-    return "-" if size is None else f"{size / 2**20:.2f}"
+def peak_bytes(work: Callable[[], Any], device: str) -> int:
+    """The most that ``work()`` holds at once beside what there was before: of live tensors on a CPU, handed out by the
+    allocator on a GPU."""
+    if torch.device(device).type == "cpu":
+        return peak_live_bytes(work)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
-class Process(NamedTuple):
-    """What a process of its own needs for a step."""
+def release() -> None:
+    """Frees what is garbage, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
-    peak_rss_bytes: int | None
-    minor_faults: float
+
+def peak_rss(make: Callable[..., Callable[[], Any]], *args: Any) -> int | None:
+    """The highest resident set of a fresh process that runs ``make(*args)()`` once, libraries included; ``None`` where
+    the system does not tell. What is passed must be importable there."""
+    return in_fresh_process(_run_once, make.__module__, make.__name__, args, torch.get_num_threads())
 
 
-def measure_process(make: Callable[..., Callable[[], Any]], args: Sequence[Any], threads: int,
-                    repeats: int = 2) -> Process:
-    """Runs ``make(*args)()`` in this process, once and then ``repeats`` times: page faults per step after the first,
-    and the highest resident set (``None`` where the system does not tell)."""
+def _run_once(module: str, name: str, args: Sequence[Any], threads: int) -> int | None:
     torch.set_num_threads(threads)
-    step = make(*args)
-    step()
-    faults = _minor_faults()
-    for _ in range(repeats):
-        step()
-    return Process(_peak_rss(), (_minor_faults() - faults) / repeats)
+    getattr(importlib.import_module(module), name)(*args)()
+    return _peak_rss()
 
 
 def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
-    """``function(*args)`` in a process that has done nothing else."""
-    context = multiprocessing.get_context("spawn")
+    """``function(*args)`` in a process that has imported the suites and done nothing else.
+
+    It is forked from one that imported them, which takes milliseconds; that one has run no operation, and so has no
+    threads, and its resident set is where the new one's begins.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.suites"])
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
 
-def check_storable(provenance: Provenance) -> None:
-    """Raises ``SystemExit`` if the commit does not tell what is measured."""
-    if provenance.commit is None or provenance.modified:
-        raise SystemExit("--store: expected a git checkout without uncommitted changes, so that the stored commit is "
-                         "what was measured; commit first, or without git name it in GRADMEM_COMMIT")
-
-
-def store(report: Report, suite: str) -> Path:
-    """Appends the rows to the suite's results.
-
-    Raises:
-        SystemExit: if their commit does not tell what was measured.
-    """
-    for row in report.rows:
-        check_storable(row.provenance)
-    path = RESULTS / f"{suite}.jsonl"
-    with path.open("a") as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in report.rows)
-    return path
-
-
-def _root() -> Path:
-    return RESULTS.parent.parent
-
-
-def _git(*args: str) -> str | None:
-    """What git says of the checkout; ``None`` without git, or outside one."""
-    if shutil.which("git") is None:
-        return None
-    done = subprocess.run(["git", *args], cwd=_root(), capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _gpu_driver() -> str | None:
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.split()[0]
-    version = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", version.read_text()) if version.exists() else None
-    return found.group() if found else None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+def require_parts(options: Options, known: Iterable[str]) -> None:
+    """Raises ``SystemExit`` for a part that the suite does not have here."""
+    if unknown := set(options.only) - set(known):
+        raise SystemExit(f"--only: expected parts of {', '.join(known)}, got {', '.join(sorted(unknown))}")
 
 
 def _minor_faults() -> int:

@@ -3,65 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 from rich.console import Group
 from rich.table import Table
 
-from benchmarks import flops
-from benchmarks.harness import (
-    Options,
-    Report,
-    Row,
-    Samples,
-    gate,
-    in_fresh_process,
-    interleave,
-    measure_process,
-    mebibytes,
-    quantiles,
-    relative_errors,
-)
-from benchmarks.live_memory import peak_live_bytes
-from benchmarks.meta_step_parts import CPU, CUDA, measure, tables
-from benchmarks.meta_step_providers import EAGER, FLOP_FORMULA, PAPER, PROVIDERS, QUICK, Provider, Shape, make_step
+from benchmarks import peer
+from benchmarks.harness import Options, Report, Row, gate, mebibytes, merged, peak, relative_errors, require_parts
+from benchmarks.meta_step_parts import CPU, CUDA, measure, quick, with_peer
+from benchmarks.meta_step_providers import EAGER, PROVIDERS, Provider, make_step
+from benchmarks.shapes import FLOP_FORMULA, Shape
 
-__all__ = ["DEVICES", "PARTS", "PROVIDERS", "admit", "run", "table"]
+__all__ = ["DEVICES", "PARTS", "PEERS", "PROVIDERS", "admit", "run", "table"]
 
 DEVICES = ("cpu", "cuda")
-#: On a CPU "paper" alone is the default: the others are long.
-PARTS = tuple(dict.fromkeys(("paper", *CPU, *CUDA)))
+PARTS = tuple(dict.fromkeys((*CPU, *CUDA)))
+PEERS = True
 
 
 def run(options: Options) -> Report:
-    """The parts named in ``options.only``; by default all of a GPU, and on a CPU the paper's model."""
-    cuda = torch.device(options.device).type == "cuda"
-    known = tuple(CUDA) if cuda else ("paper", *CPU)
-    if unknown := set(options.only) - set(known):
-        raise SystemExit(f"--only: expected parts of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    names = [name for name in known if name in options.only] or (known if cuda else ("paper",))
-    parts = CUDA if cuda else CPU
-    reports = [measure(name, parts[name], options) if name in parts else _paper(options) for name in names]
-    return Report([row for report in reports for row in report.rows],
-                  [reason for report in reports for reason in report.refused])
+    """The parts named in ``options.only``, by default all of the device."""
+    parts = CUDA if torch.device(options.device).type == "cuda" else CPU
+    require_parts(options, parts)
+    if options.peer_path:
+        peer.use(options.peer_path)
+        parts = {name: with_peer(part) for name, part in parts.items()}
+    if options.quick:
+        parts = {name: quick(part) for name, part in parts.items()}
+    return merged(measure(name, part, options) for name, part in parts.items()
+                  if name in options.only or not options.only)
 
 
-def table(rows: Sequence[Row]) -> Group:
-    """The rows as people read them."""
-    here = [row for row in rows if row.minor_faults is not None]
-    return Group(*([_table(here)] if here else []), *tables([row for row in rows if row.minor_faults is None]))
-
-
-def admit(providers: Sequence[Provider], shape: Shape, dtype: torch.dtype = torch.float32,
+def admit(providers: Sequence[Provider], shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu",
           ) -> tuple[dict[Provider, tuple[float, float]], list[str]]:
     """The providers that compute this shape as exactly as plain PyTorch does, with their largest relative error
     against float64 and plain PyTorch's, and why the others are refused."""
-    exact = make_step(EAGER, shape, torch.float64)()
-    eager = relative_errors(make_step(EAGER, shape, dtype)(), exact)
+    exact = make_step(EAGER, shape, torch.float64, device=device)()
+    eager = relative_errors(make_step(EAGER, shape, dtype, device=device)(), exact)
     admitted, refused = {}, []
     for provider in providers:
-        errors = eager if provider == EAGER else relative_errors(make_step(provider, shape, dtype)(), exact)
+        errors = eager
+        if provider != EAGER:
+            errors = relative_errors(make_step(provider, shape, dtype, device=device)(), exact)
         reason = gate(str(provider), errors, eager)
         if reason is None:
             admitted[provider] = max(errors.values()), max(eager.values())
@@ -70,55 +53,62 @@ def admit(providers: Sequence[Provider], shape: Shape, dtype: torch.dtype = torc
     return admitted, refused
 
 
-def _paper(options: Options) -> Report:
-    """On a CPU: time, page faults and peak memory of every provider, interleaved."""
-    shape = QUICK if options.quick else PAPER
-    admitted, refused = admit(PROVIDERS, shape)
-    steps = {provider: make_step(provider, shape) for provider in admitted}
-    samples = interleave(steps, options)
-    rows = []
-    for provider, errors in admitted.items():
-        executed = sum(flops.executed(steps[provider]).values())
-        rows.append(_row(provider, shape, samples, peak_live_bytes(steps[provider]), executed, errors))
-    return Report(rows, refused)
-
-
-def _table(rows: Sequence[Row]) -> Table:
-    shape = ", ".join(f"{name} {size}" for name, size in rows[0].shape.items())
-    out = Table(title=f"meta-step, {rows[0].dtype}; {shape}",
-                caption=f"GFLOP/s: of {FLOP_FORMULA}\n"
-                        "model, executed: GFLOP of a step's matrix products, after the cost model and counted")
-    for column in ("provider", "mode", "ms", "20 %", "80 %", "of eager", "GFLOP/s", "model", "executed",
-                   "live MiB", "of eager", "RSS MiB", "faults", "error"):
-        out.add_column(column, justify="left" if column in ("provider", "mode") else "right", no_wrap=True)
-    eager = next(row.peak_live_bytes for row in rows if row.provider == EAGER.name)
+def table(rows: Sequence[Row]) -> Group:
+    """One for each part."""
+    parts: dict[str, list[Row]] = {}
     for row in rows:
-        out.add_row(row.provider, row.mode, *(f"{ms:.1f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)),
-                    _ratio(row.ratio_to_eager), f"{1e3 * row.tflops:.1f}",
-                    *(_gigaflops(n) for n in (row.model_flops, row.executed_flops)), mebibytes(row.peak_live_bytes),
-                    _ratio(row.peak_live_bytes / eager), mebibytes(row.peak_rss_bytes), f"{row.minor_faults:.0f}",
-                    f"{row.error:.0e}")
+        parts.setdefault(row.step, []).append(row)
+    return Group(*((_times if any(row.median_ms is not None for row in part) else _memory)(part)
+                   for part in parts.values()))
+
+
+def _times(rows: Sequence[Row]) -> Table:
+    first = rows[0]
+    out = Table(title=f"{first.step}, {first.dtype}; {_model(first, 'steps')}", caption=_caption(rows))
+    columns = ("provider", "mode", "K", "ms", "20 %", "80 %", "steps/s", "of eager", "price", "TFLOP/s", "model TFLOP",
+               "executed TFLOP", "peak MiB", "RSS MiB", "faults", "error")
+    for column in columns:
+        out.add_column(column, justify="left" if column in columns[:2] else "right", no_wrap=column in columns[:2])
+    for row in (row for row in rows if row.median_ms is not None):
+        out.add_row(row.provider, row.mode, str(row.shape["steps"]),
+                    *(f"{ms:.2f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)), f"{1e3 / row.median_ms:.2f}",
+                    _number(row.ratio_to_eager, "x"), _number(row.price, "x"), _number(row.tflops),
+                    *(_number(None if n is None else n * 1e-12) for n in (row.model_flops, row.executed_flops)),
+                    mebibytes(peak(row)), mebibytes(row.peak_rss_bytes), _number(row.minor_faults),
+                    "-" if row.error is None else f"{row.error:.0e}")
     return out
 
 
-def _row(provider: Provider, shape: Shape, samples: dict[Provider, Samples], peak: int, executed: float,
-         errors: tuple[float, float]) -> Row:
-    seconds = samples[provider].seconds
-    q20, median, q80 = (1e3 * t for t in quantiles(seconds))
-    ratios = [ours / eager for ours, eager in zip(seconds, samples[EAGER].seconds, strict=True)]
-    process = in_fresh_process(measure_process, make_step, (provider, shape), torch.get_num_threads())
-    return Row(
-        suite="meta-step", step="meta-step", provider=provider.name, mode=provider.mode, dtype="float32",
-        shape=asdict(shape), median_ms=median, q20_ms=q20, q80_ms=q80, repeats=len(seconds),
-        ratio_to_eager=quantiles(ratios)[1], tflops=shape.flops() / median * 1e-9, flop_formula=FLOP_FORMULA,
-        model_flops=None if provider == EAGER else sum(flops.model(shape, provider.mode).values()),
-        executed_flops=executed, peak_live_bytes=peak, peak_rss_bytes=process.peak_rss_bytes,
-        minor_faults=process.minor_faults, error=errors[0], eager_error=errors[1])
+def _memory(rows: Sequence[Row]) -> Table:
+    """One line for each provider, one column for each K and S."""
+    first = rows[0]
+    out = Table(title=f"{first.step}: peak memory in MiB, {first.dtype}; {_model(first, 'steps', 'context_tokens')}",
+                caption=_caption(rows))
+    shapes = dict.fromkeys((row.shape["steps"], row.shape["context_tokens"]) for row in rows)
+    for column in ("provider", "mode", *(f"K={k} S={s}" for k, s in shapes)):
+        out.add_column(column, justify="left" if column in ("provider", "mode") else "right")
+    for provider in dict.fromkeys((row.provider, row.mode) for row in rows):
+        line = {(row.shape["steps"], row.shape["context_tokens"]): peak(row) for row in rows
+                if (row.provider, row.mode) == provider}
+        out.add_row(*provider, *(mebibytes(line.get(shape)) for shape in shapes))
+    return out
 
 
-def _gigaflops(operations: float | None) -> str:
-    return "-" if operations is None else f"{operations * 1e-9:.2f}"
+def _caption(rows: Sequence[Row]) -> str:
+    missing: dict[tuple[str, str, str], list[str]] = {}
+    for row in (row for row in rows if row.unavailable is not None):
+        at = "K={steps} S={context_tokens}".format(**row.shape)
+        missing.setdefault((row.provider, row.mode, row.unavailable), []).append(at)
+    lines = [f"FLOP/s: of {FLOP_FORMULA}", *(f"{provider} {mode} unavailable ({', '.join(at)}): {reason}"
+                                             for (provider, mode, reason), at in missing.items())]
+    checked = next((row.checked_shape for row in rows if row.checked_shape is not None), None)
+    allocators = dict.fromkeys(row.provenance.allocator for row in rows if row.provenance.allocator)
+    return "\n".join([*lines, *([f"checked on {checked}"] if checked else []), *allocators])
 
 
-def _ratio(ratio: float) -> str:
-    return f"{ratio:.2f}x"
+def _model(row: Row, *but: str) -> str:
+    return ", ".join(f"{name} {size}" for name, size in row.shape.items() if name not in but)
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.3g}{unit}"

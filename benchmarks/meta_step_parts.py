@@ -3,15 +3,19 @@ and S. Most need a GPU."""
 
 from __future__ import annotations
 
-import gc
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from benchmarks import flops
 from benchmarks.harness import (
@@ -20,30 +24,24 @@ from benchmarks.harness import (
     Provenance,
     Report,
     Row,
-    cuda_clock,
+    Samples,
+    clock_of,
     gate,
     interleave_prepared,
-    mebibytes,
+    peak_bytes,
+    peak_rss,
     quantiles,
     relative_errors,
-    wall_clock,
+    release,
+    timed,
 )
-from benchmarks.live_memory import peak_live_bytes
-from benchmarks.meta_step_providers import (
-    EAGER,
-    FIRST_ORDER,
-    FLOP_FORMULA,
-    GRAPHS,
-    LLAMA_1B,
-    PAPER,
-    PROVIDERS,
-    Provider,
-    Shape,
-    make_step,
-)
+from benchmarks.meta_step_providers import EAGER, FIRST_ORDER, GRAPHS, PEER, PROVIDERS, Provider, make_step
 from benchmarks.on_meta import triton_on_meta
+from benchmarks.provenance import ROOT
+from benchmarks.rows import load
+from benchmarks.shapes import BYTE_FORMULA, FLOP_FORMULA, LLAMA_1B, LLAMA_CHECKED, PAPER, QUICK, Shape
 
-__all__ = ["CPU", "CUDA", "Case", "Part", "measure", "tables"]
+__all__ = ["CPU", "CUDA", "NO_PAGE_FAULTS", "Case", "Part", "measure", "quick", "with_peer"]
 
 
 class Case(NamedTuple):
@@ -63,6 +61,8 @@ class Part:
         rounds: the most rounds, if there is a limit.
         tf32: whether products of float32 may round their factors to TF32, everyone's.
         counted: whether operations are counted.
+        environment: of a process of its own that measures it: what a C library reads when it starts.
+        resident: whether the resident set of processes that run one case alone is taken, on a CPU.
     """
 
     cases: Sequence[Case]
@@ -72,11 +72,11 @@ class Part:
     rounds: int | None = None
     tf32: bool = False
     counted: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+    resident: bool = True
 
 
 _LIBRARY = PROVIDERS[1:]
-#: The width of Llama-3.2-1B, small enough for float64 and plain PyTorch.
-_CHECKED = replace(LLAMA_1B, layers=2, vocabulary=4096, context_tokens=256)
 _LONG = replace(LLAMA_1B, context_tokens=32768, steps=8)
 _FLAT = [replace(LLAMA_1B, steps=k) for k in (1, 2, 4, 8, 32)] + [
     replace(LLAMA_1B, context_tokens=s) for s in (1024, 2048, 8192, 16384, 32768)]
@@ -84,17 +84,36 @@ _FLAT = [replace(LLAMA_1B, steps=k) for k in (1, 2, 4, 8, 32)] + [
 CUDA = {
     "price": Part([*(Case(provider, LLAMA_1B) for provider in _LIBRARY),
                    Case(_LIBRARY[1], replace(LLAMA_1B, steps=0)), *(Case(first, LLAMA_1B) for first in FIRST_ORDER)],
-                  torch.bfloat16, _CHECKED),
+                  torch.bfloat16, LLAMA_CHECKED),
     "paper": Part([Case(provider, PAPER) for provider in (*PROVIDERS, *GRAPHS)], torch.float32, PAPER, tf32=True),
-    "long": Part([Case(provider, _LONG) for provider in _LIBRARY if provider.mode != "none"], torch.bfloat16, _CHECKED,
-                 rounds=2),
-    "flat": Part([Case(provider, shape) for shape in _FLAT for provider in PROVIDERS], torch.bfloat16, _CHECKED,
+    "long": Part([Case(provider, _LONG) for provider in _LIBRARY if provider.mode != "none"], torch.bfloat16,
+                 LLAMA_CHECKED, rounds=2),
+    "flat": Part([Case(provider, shape) for shape in _FLAT for provider in PROVIDERS], torch.bfloat16, LLAMA_CHECKED,
                  timed=False, counted=False),
 }
+#: How the command begins a line about what it refuses.
+REFUSED = "refused, no numbers: "
+#: glibc keeps what was freed instead of giving it back, so that after the warm-up nothing is a page fault.
+NO_PAGE_FAULTS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+_LONG_CONTEXT = Part([Case(provider, replace(PAPER, context_tokens=2048, batch=2)) for provider in PROVIDERS],
+                     torch.float32, replace(PAPER, batch=2), rounds=3)
 CPU = {
-    "long-context": Part([Case(provider, replace(PAPER, context_tokens=2048, batch=2)) for provider in PROVIDERS],
-                         torch.float32, replace(PAPER, batch=2), timed=False),
+    "paper": Part([Case(provider, PAPER) for provider in PROVIDERS], torch.float32, PAPER, rounds=5),
+    "long-context": _LONG_CONTEXT,
+    "no-page-faults": replace(_LONG_CONTEXT, environment=NO_PAGE_FAULTS, resident=False),
 }
+
+
+def quick(part: Part) -> Part:
+    """The part on a tiny shape."""
+    cases = [Case(provider, replace(QUICK, steps=min(shape.steps, 2))) for provider, shape in part.cases]
+    return replace(part, cases=list(dict.fromkeys(cases)), checked=QUICK)
+
+
+def with_peer(part: Part) -> Part:
+    """The paper's code too, wherever plain PyTorch is."""
+    cases = [*part.cases, *(Case(PEER, shape) for provider, shape in part.cases if provider == EAGER)]
+    return replace(part, cases=cases)
 
 
 class Found(NamedTuple):
@@ -116,23 +135,40 @@ def measure(name: str, part: Part, options: Options, clock: Clock | None = None)
 
     ``clock``: by default the one of the device.
     """
+    if any(os.environ.get(variable) != value for variable, value in part.environment.items()):
+        return _elsewhere(name, part, options)
     device = options.device
     with _products(part):
         checked = {provider: check(provider, part, device) for provider in dict.fromkeys(who for who, _ in part.cases)}
         found = {case: _peak(case, checked[case.provider], part, device) for case in part.cases}
-        seconds: Mapping[Case, list[float]] = {}
+        samples: Mapping[Case, Samples] = {}
         if part.timed:
             prepared = {case: partial(make_step, case.provider, case.shape, part.dtype, device=device)
                         for case, of in found.items() if of.usable}
-            clock = clock or (cuda_clock(device) if torch.device(device).type == "cuda" else wall_clock)
             rounds = replace(options, repeats=min(options.repeats, part.rounds or options.repeats))
-            seconds = interleave_prepared(prepared, rounds, clock)
-            found |= {case: Found(unavailable="out of memory") for case in prepared.keys() - seconds.keys()}
+            samples = interleave_prepared(prepared, rounds, clock or clock_of(device))
+            found |= {case: Found(unavailable="out of memory") for case in prepared.keys() - samples.keys()}
     dtype = "tf32" if part.tf32 else str(part.dtype).removeprefix("torch.")
     base = Row(suite="meta-step", step=name, provider="", mode="", dtype=dtype, shape={},
                provenance=Provenance.here(device))
-    return Report([_row(base, part, case, of, seconds) for case, of in found.items() if of.wrong is None],
+    return Report([_row(base, part, case, of, samples) for case, of in found.items() if of.wrong is None],
                   list(dict.fromkeys(of.wrong for of in found.values() if of.wrong is not None)))
+
+
+def _elsewhere(name: str, part: Part, options: Options) -> Report:
+    """The same in a process that was started with the part's environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.jsonl")
+        command = [sys.executable, "-m", "benchmarks", "meta-step", "--only", name, "--device", options.device,
+                   "--repeats", str(options.repeats), "--threads", str(torch.get_num_threads()), "--rows", str(rows)]
+        command += ["--quick"] * options.quick
+        command += ["--peer-path", options.peer_path] if options.peer_path else []
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | part.environment, capture_output=True, text=True,
+                              check=False)
+        refused = [line.removeprefix(REFUSED) for line in done.stdout.splitlines() if line.startswith(REFUSED)]
+        if done.returncode and not refused:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        return Report(load(rows), refused)
 
 
 def check(provider: Provider, part: Part, device: str) -> Found:
@@ -157,18 +193,6 @@ def _peak(case: Case, checked: Found, part: Part, device: str) -> Found:
         peak=peak_bytes(make_step(case.provider, case.shape, part.dtype, device=device), device)))
 
 
-def peak_bytes(step: Callable[[], Any], device: str) -> int:
-    """The most that a step holds at once, weights and data aside."""
-    if torch.device(device).type == "cpu":
-        return peak_live_bytes(step)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 def _attempt(provider: Provider, work: Callable[[], Found]) -> Found:
     """What keeps plain PyTorch from running is its row's reason; an error of the library's own counts as wrong."""
     try:
@@ -179,13 +203,11 @@ def _attempt(provider: Provider, work: Callable[[], Found]) -> Found:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         ours = provider.name.startswith("gradmem")
         found = Found(wrong=f"{provider}: {reason}") if ours else Found(unavailable=reason)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release()
     return found
 
 
-def _row(base: Row, part: Part, case: Case, of: Found, seconds: Mapping[Case, list[float]]) -> Row:
+def _row(base: Row, part: Part, case: Case, of: Found, samples: Mapping[Case, Samples]) -> Row:
     (provider, shape), cuda = case, base.provenance.cuda is not None
     row = replace(base, provider=provider.name, mode=provider.mode, shape=asdict(shape), error=of.error,
                   eager_error=of.eager_error, unavailable=of.unavailable,
@@ -193,22 +215,25 @@ def _row(base: Row, part: Part, case: Case, of: Found, seconds: Mapping[Case, li
                   **{"peak_device_bytes" if cuda else "peak_live_bytes": of.peak})
     if part.counted and of.usable:
         row = replace(row, **counts(case, part.dtype))
-    if case not in seconds:
+    if part.resident and of.usable and not cuda:
+        row = replace(row, peak_rss_bytes=peak_rss(make_step, provider, shape, part.dtype))
+    if case not in samples:
         return row
-    times = seconds[case]
-    q20, median, q80 = (1e3 * t for t in quantiles(times))
-    row = replace(row, median_ms=median, q20_ms=q20, q80_ms=q80, repeats=len(times), l2="flushed" if cuda else None)
-    if provider not in FIRST_ORDER:
-        row = replace(row, tflops=shape.flops() / median * 1e-9, flop_formula=FLOP_FORMULA)
-    eager = seconds.get(Case(EAGER, shape))
-    if eager is not None:
-        row = replace(row, ratio_to_eager=quantiles([a / b for a, b in zip(times, eager, strict=True)])[1])
-    return replace(row, **price(case, seconds))
+    if provider in FIRST_ORDER:
+        return timed(row, samples[case])
+    row = timed(row, samples[case], samples.get(Case(EAGER, shape)), flops=shape.flops(),
+                moved=shape.weight_bytes(part.dtype))
+    seconds = {other: of.seconds for other, of in samples.items()}
+    return replace(row, flop_formula=FLOP_FORMULA, byte_formula=BYTE_FORMULA, steps_per_second=1e3 / row.median_ms,
+                   **price(case, seconds))
 
 
 def counts(case: Case, dtype: torch.dtype) -> dict[str, float]:
-    """Operations of a step: counted on the meta device, where the same Python runs without data, and the model's."""
+    """Operations of a step: counted on the meta device, where the same Python runs without data, and the model's. Empty
+    where Triton, whose operators tell sizes there, is not installed."""
     provider, shape = case
+    if provider == PEER or importlib.util.find_spec("triton") is None:  # its code is not for that device
+        return {}
     known = provider.name.partition("-")[0] == "gradmem" and provider.mode != "first-order"
     twin = provider._replace(name="gradmem") if provider in GRAPHS else provider  # a replay has no Python to watch
     with triton_on_meta():
@@ -241,65 +266,3 @@ def _products(part: Part) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """One for each part."""
-    parts: dict[str, list[Row]] = {}
-    for row in rows:
-        parts.setdefault(row.step, []).append(row)
-    return [(_times if any(row.median_ms is not None for row in part) else _memory)(part) for part in parts.values()]
-
-
-def _times(rows: Sequence[Row]) -> Table:
-    first = rows[0]
-    out = Table(title=f"{first.step}, {first.dtype}; {_model(first, 'steps')}", caption=_caption(rows))
-    columns = ("provider", "mode", "K", "ms", "20 %", "80 %", "steps/s", "of eager", "price", "TFLOP/s", "model TFLOP",
-               "executed TFLOP", "peak MiB", "error")
-    for column in columns:
-        out.add_column(column, justify="left" if column in columns[:2] else "right")
-    for row in (row for row in rows if row.median_ms is not None):
-        out.add_row(row.provider, row.mode, str(row.shape["steps"]),
-                    *(f"{ms:.2f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)), f"{1e3 / row.median_ms:.2f}",
-                    _number(row.ratio_to_eager, "x"), _number(row.price, "x"), _number(row.tflops),
-                    *(_number(None if n is None else n * 1e-12) for n in (row.model_flops, row.executed_flops)),
-                    mebibytes(_bytes(row)), "-" if row.error is None else f"{row.error:.0e}")
-    return out
-
-
-def _memory(rows: Sequence[Row]) -> Table:
-    """One line for each provider, one column for each K and S."""
-    first = rows[0]
-    out = Table(title=f"{first.step}: peak memory in MiB, {first.dtype}; {_model(first, 'steps', 'context_tokens')}",
-                caption=_caption(rows))
-    shapes = dict.fromkeys((row.shape["steps"], row.shape["context_tokens"]) for row in rows)
-    for column in ("provider", "mode", *(f"K={k} S={s}" for k, s in shapes)):
-        out.add_column(column, justify="left" if column in ("provider", "mode") else "right")
-    for provider in dict.fromkeys((row.provider, row.mode) for row in rows):
-        line = {(row.shape["steps"], row.shape["context_tokens"]): _bytes(row) for row in rows
-                if (row.provider, row.mode) == provider}
-        out.add_row(*provider, *(mebibytes(line.get(shape)) for shape in shapes))
-    return out
-
-
-def _caption(rows: Sequence[Row]) -> str:
-    missing: dict[tuple[str, str, str], list[str]] = {}
-    for row in (row for row in rows if row.unavailable is not None):
-        at = "K={steps} S={context_tokens}".format(**row.shape)
-        missing.setdefault((row.provider, row.mode, row.unavailable), []).append(at)
-    lines = [f"{provider} {mode} unavailable ({', '.join(at)}): {reason}"
-             for (provider, mode, reason), at in missing.items()]
-    checked = next((row.checked_shape for row in rows if row.checked_shape is not None), None)
-    return "\n".join(lines + ([f"checked on {checked}"] if checked else []))
-
-
-def _model(row: Row, *but: str) -> str:
-    return ", ".join(f"{name} {size}" for name, size in row.shape.items() if name not in but)
-
-
-def _bytes(row: Row) -> int | None:
-    return row.peak_device_bytes if row.peak_live_bytes is None else row.peak_live_bytes
-
-
-def _number(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.3g}{unit}"

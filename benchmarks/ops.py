@@ -26,11 +26,17 @@ from benchmarks.harness import (
     Provenance,
     Report,
     Row,
-    cuda_clock,
+    Samples,
+    clock_of,
     gate,
     interleave_prepared,
-    quantiles,
-    wall_clock,
+    mebibytes,
+    merged,
+    peak,
+    peak_bytes,
+    peak_rss,
+    require_parts,
+    timed,
 )
 from gradmem_kernels import backend as backends
 from gradmem_kernels.rotary import rotary_tables
@@ -293,13 +299,13 @@ class _Compiled:
         return self._compiled.setdefault(name, torch.compile(kernel, dynamic=False))
 
 
-EAGER = Provider("eager", partial(by_autograd, "plain"))
+EAGER, COMPILED = Provider("eager", partial(by_autograd, "plain")), "reference-compiled"
 PROVIDERS = (
     EAGER,
     Provider("gradmem-reference", partial(by_kernels, "reference", False)),
     Provider("gradmem-native", partial(by_kernels, "native", False)),
     Provider("gradmem-triton", partial(by_kernels, "triton", False)),
-    Provider("reference-compiled", partial(by_kernels, "reference", True)),
+    Provider(COMPILED, partial(by_kernels, "reference", True)),
     Provider("pytorch", partial(by_autograd, "vendor")),
 )
 
@@ -309,19 +315,12 @@ def run(options: Options) -> Report:
     device = torch.device(options.device).type
     shapes = QUICK if options.quick else CUDA if device == "cuda" else CPU
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    unknown = set(options.only) - set(OPS)
-    if unknown:
-        raise SystemExit(f"--only: expected parts of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
-    rows, refused = [], []
-    for op in (op for name, op in OPS.items() if name in options.only or not options.only):
-        for shape in shapes[op.name]:
-            found, wrong = measure(op, shape, dtype, options)
-            rows += found
-            refused += wrong
-    return Report(rows, refused)
+    require_parts(options, OPS)
+    return merged(measure(op, shape, dtype, options) for name, op in OPS.items()
+                  if name in options.only or not options.only for shape in shapes[op.name])
 
 
-def measure(op: Op, shape: Mapping[str, int], dtype: torch.dtype, options: Options) -> tuple[list[Row], list[str]]:
+def measure(op: Op, shape: Mapping[str, int], dtype: torch.dtype, options: Options) -> Report:
     """One shape: every provider in every mode is checked, then those that are right are timed, interleaved."""
     data = draw(op, shape, dtype, options.device)
     rows, wrong, prepared = {}, [], {}
@@ -342,28 +341,42 @@ def measure(op: Op, shape: Mapping[str, int], dtype: torch.dtype, options: Optio
             if reason is not None:
                 wrong.append(f"{reason} ({_text(shape)})")
                 continue
-            rows[provider, mode] = replace(row, error=max(ours.values()), eager_error=max(eager.values()))
-            prepared[provider, mode] = prepare
-    clock = cuda_clock(options.device) if base.provenance.cuda is not None else wall_clock
-    seconds = interleave_prepared(prepared, options, clock)
-    for key in prepared.keys() - seconds.keys():
+            row = replace(row, error=max(ours.values()), eager_error=max(eager.values()))
+            rows[provider, mode], prepared[provider, mode] = _with_memory(row, prepare, options.device), prepare
+    samples = interleave_prepared(prepared, options, clock_of(options.device))
+    for key in prepared.keys() - samples.keys():
         rows[key] = replace(rows[key], unavailable="out of memory")
-    for key, times in seconds.items():
-        rows[key] = _timed(rows[key], times, seconds.get((EAGER, key[1])), op)
-    return list(rows.values()), wrong
+    for key, times in samples.items():
+        rows[key] = _timed(rows[key], times, samples.get((EAGER, key[1])), op)
+    return Report(list(rows.values()), wrong)
+
+
+def _with_memory(row: Row, make: Callable[[], Work], device: str) -> Row:
+    """What the mode and what it needs before it hold. What is compiled is not compiled under the eyes of a counter of
+    live tensors, and has no numbers on a CPU."""
+    cuda = row.provenance.cuda is not None
+    if row.provider == COMPILED and not cuda:
+        return row
+    most = peak_bytes(lambda: make()(), device)
+    if cuda:
+        return replace(row, peak_device_bytes=most)
+    return replace(row, peak_live_bytes=most,
+                   peak_rss_bytes=peak_rss(alone, row.provider, row.step, row.mode, row.shape, row.dtype))
+
+
+def alone(provider: str, op: str, mode: str, shape: Mapping[str, int], dtype: str) -> Work:
+    """A mode and what it needs before it, for a process that runs nothing else."""
+    who, data = next(p for p in PROVIDERS if p.name == provider), draw(OPS[op], shape, getattr(torch, dtype), "cpu")
+    return who.prepare(OPS[op], mode, data)
 
 
 def _errors(results: Named, exact: Named) -> dict[str, float]:
     return errors({name: results[name] for name in exact}, exact)
 
 
-def _timed(row: Row, times: Sequence[float], of_eager: Sequence[float] | None, op: Op) -> Row:
-    q20, median, q80 = (1e3 * t for t in quantiles(times))
+def _timed(row: Row, samples: Samples, eager: Samples | None, op: Op) -> Row:
     moved = op.bytes(row.mode, row.shape, getattr(torch, row.dtype))
-    ratio = quantiles([a / b for a, b in zip(times, of_eager, strict=True)])[1] if of_eager else None
-    return replace(row, median_ms=median, q20_ms=q20, q80_ms=q80, repeats=len(times), ratio_to_eager=ratio,
-                   l2="flushed" if row.provenance.cuda is not None else None,
-                   gigabytes_per_second=moved / median * 1e-6, byte_formula=BYTE_FORMULA)
+    return replace(timed(row, samples, eager, moved=moved), byte_formula=BYTE_FORMULA)
 
 
 def _named(what: str, tensors: Sequence[Tensor]) -> Named:
@@ -385,12 +398,12 @@ def table(rows: Sequence[Row]) -> Group:
 def _table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     out = Table(title=f"{first.step}, {first.dtype}; {_text(first.shape)}")
-    for column in ("mode", "provider", "ms", "20 %", "80 %", "of eager", "GB/s", "error"):
+    for column in ("mode", "provider", "ms", "20 %", "80 %", "of eager", "GB/s", "peak MiB", "RSS MiB", "error"):
         out.add_column(column, justify="left" if column in ("mode", "provider") else "right")
     for row in (row for row in rows if row.unavailable is None and row.median_ms is not None):
         out.add_row(row.mode, row.provider, *(f"{ms:.3f}" for ms in (row.median_ms, row.q20_ms, row.q80_ms)),
                     f"{row.ratio_to_eager:.2f}x" if row.ratio_to_eager else "-", f"{row.gigabytes_per_second:.1f}",
-                    f"{row.error:.0e}")
+                    mebibytes(peak(row)), mebibytes(row.peak_rss_bytes), f"{row.error:.0e}")
     missing = {(row.provider, row.unavailable): None for row in rows if row.unavailable is not None}
     out.caption = "\n".join(f"{provider} unavailable: {reason}" for provider, reason in missing)
     return out

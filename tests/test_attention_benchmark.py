@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import attention as suite
-from benchmarks import harness, tune
+from benchmarks import harness, provenance, tune
 from benchmarks.attention import Part, check, fastest_first_order, measure
 from benchmarks.attention_providers import (
     EAGER,
@@ -32,8 +32,19 @@ BY_NAME = {provider.name: provider for provider in PROVIDERS}
 HERE = ("eager", "gradmem", "flash")
 
 
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch):
+    """A process of its own does not know the providers that tests make; test_benchmarks.py runs real ones."""
+    monkeypatch.setattr(suite, "peak_rss", lambda *_: 1)
+
+
 def part(shape=SMALL, modes=MODES, **options):
     return Part(torch.float32, [shape], modes, **options)
+
+
+def found_by(part):
+    report = measure(part, SMALL, QUICK)
+    return report.rows, report.refused
 
 
 @pytest.mark.parametrize("causal", [0, 1])
@@ -69,7 +80,7 @@ def test_wrong_results_get_no_time(monkeypatch):
 
     wrong = Provider("peer", slightly_wrong, MODES)
     monkeypatch.setattr(suite, "PROVIDERS", (EAGER, wrong))
-    rows, refused = measure(part(), SMALL, QUICK)
+    rows, refused = found_by(part())
     assert {row.mode for row in rows if row.provider == "peer"} == {"dual_forward", "dual_backward"}
     assert len(refused) == 4
     assert all("peer" in reason and "wrong against float64" in reason and "S 9" in reason for reason in refused)
@@ -85,7 +96,7 @@ def test_who_does_not_run_is_named_with_the_reason(name, raised, refused, monkey
         raise raised
 
     monkeypatch.setattr(suite, "PROVIDERS", (EAGER, Provider(name, load, ("forward",))))
-    rows, reasons = measure(part(modes=("forward",)), SMALL, QUICK)
+    rows, reasons = found_by(part(modes=("forward",)))
     missing = [row for row in rows if row.provider == name]
     if refused:
         assert not missing
@@ -100,7 +111,7 @@ def test_who_does_not_run_is_named_with_the_reason(name, raised, refused, monkey
 def test_rows_of_a_shape(monkeypatch):
     monkeypatch.setattr(suite, "PROVIDERS", tuple(BY_NAME[name] for name in HERE))
     monkeypatch.setitem(suite.CHECKED_LENGTH, "cpu", 8)
-    rows, refused = measure(part(), SMALL, QUICK)
+    rows, refused = found_by(part())
     assert not refused
     assert len(rows) == 2 * len(MODES) + 2
     for row in rows:
@@ -152,7 +163,7 @@ def test_score_matrices_that_do_not_fit_are_not_tried(monkeypatch):
     assert found.pop(("eager", 2**13)) == "would keep about 2 GiB of score matrices"
     assert not any(found.values())
     monkeypatch.setattr(suite, "free_memory", lambda device: 0)
-    rows, wrong = measure(part(modes=("double_backward",), timed=False), SMALL, QUICK)
+    rows, wrong = found_by(part(modes=("double_backward",), timed=False))
     assert not wrong
     assert {row.provider: row.peak_live_bytes is None for row in rows if row.provider in HERE}["eager"]
     assert all(row.peak_live_bytes for row in rows if row.provider == "gradmem")
@@ -174,7 +185,9 @@ def test_interleave_prepared():
         raise torch.OutOfMemoryError
 
     steps = {"a": lambda: make("a"), "b": lambda: make("b"), "c": fails}
-    assert harness.interleave_prepared(steps, QUICK, clock) == {"a": [7.0, 7.0], "b": [7.0, 7.0]}
+    found = harness.interleave_prepared(steps, QUICK, clock)
+    assert {name: samples.seconds for name, samples in found.items()} == {"a": [7.0, 7.0], "b": [7.0, 7.0]}
+    assert all(len(samples.minor_faults) == 2 for samples in found.values())
     assert "".join(log) == "Aaa" + "Bbb" + "Bbb" + "Aaa"
     assert harness.wall_clock(lambda: None) >= 0
 
@@ -183,25 +196,27 @@ def test_rows_of_a_gpu():
     """Their memory is the device's, and they say that the cache was flushed."""
     where = replace(harness.Provenance.here(), cuda="13.0", device="a GPU")
     base = harness.Row("attention", "attention", "", "", "bfloat16", asdict(SMALL), provenance=where)
-    row = suite._row(base, (EAGER, "step"), suite.Checked(1e-3, 1e-3, 99), {(EAGER, "step"): [0.5]}, SMALL)
+    row = suite._row(base, (EAGER, "step"), suite.Checked(1e-3, 1e-3, 99),
+                     {(EAGER, "step"): harness.Samples([0.5], [7])}, SMALL, torch.bfloat16)
     assert (row.peak_device_bytes, row.peak_live_bytes, row.l2, row.median_ms) == (99, None, "flushed", 500.0)
+    assert row.minor_faults is row.peak_rss_bytes is None
 
 
 def test_the_commit_may_be_named(monkeypatch):
-    monkeypatch.setattr(harness, "_git", lambda *args: None)
+    monkeypatch.setattr(provenance, "_git", lambda *args: None)
     monkeypatch.delenv("GRADMEM_COMMIT", raising=False)
     with pytest.raises(SystemExit, match="GRADMEM_COMMIT"):
-        harness.check_storable(harness.Provenance.here())
+        provenance.check_storable(harness.Provenance.here())
     monkeypatch.setenv("GRADMEM_COMMIT", "f" * 40)
     where = harness.Provenance.here()
-    harness.check_storable(where)
+    provenance.check_storable(where)
     assert (where.commit, where.environment["GRADMEM_COMMIT"]) == ("f" * 40, "f" * 40)
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
     (["attention", "--quick", "--only", "nothing"], "small, memory"),
     (["memory", "--quick", "--only", "small"], "memory has no parts"),
-    (["memory", "--quick", "--device", "cuda"], "--device: memory runs on cpu"),
+    (["footprint", "--quick", "--device", "cuda"], "--device: footprint runs on cpu"),
     (["attention", "--quick", "--device", "tpu"], "--device: attention runs on cpu or cuda")],
     ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_bad_arguments_are_refused(arguments, named, monkeypatch, capsys):

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import __main__ as command
-from benchmarks import harness, memory, meta_step_providers
+from benchmarks import harness, memory, meta_step_providers, rows
 from benchmarks.live_memory import LiveMemory, peak_live_bytes
 from benchmarks.meta_step import admit
-from benchmarks.meta_step_providers import EAGER, PROVIDERS, QUICK, make_step
+from benchmarks.meta_step_providers import EAGER, PROVIDERS, make_step
+from benchmarks.shapes import QUICK
 
 
 class Doubled(torch.autograd.Function):
@@ -135,7 +136,8 @@ def test_quantiles():
 @pytest.mark.parametrize("suite", command.SUITES)
 def test_every_suite_runs(suite, monkeypatch, capsys):
     monkeypatch.setattr(command.SUITES[suite], "PROVIDERS", command.SUITES[suite].PROVIDERS[:2])
-    monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--quick"])
+    parts = {"ops": ["add_rms_norm", "rotary"], "meta-step": ["no-page-faults"]}.get(suite, [])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--quick", *(f"--only={part}" for part in parts)])
     assert command.main() == 0
     printed = capsys.readouterr().out
     assert "eager" in printed or suite == "footprint"  # which compares with a model
@@ -155,7 +157,7 @@ def test_bad_arguments_are_refused(arguments, named, monkeypatch, capsys):
 
 
 def test_store_appends_rows_with_their_provenance(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
     where = replace(harness.Provenance.here(), commit="0" * 40, modified=False)
     row = harness.Row("memory", "meta-step", *EAGER, "float32", vars(QUICK), peak_live_bytes=1, provenance=where)
     for _ in range(2):
@@ -168,7 +170,7 @@ def test_store_appends_rows_with_their_provenance(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"modified": True}, {"commit": None}], ids=str)
 def test_store_refuses_what_no_commit_describes(change, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
     where = replace(harness.Provenance.here(), **{"commit": "0" * 40, "modified": False} | change)
     row = harness.Row("memory", "meta-step", *EAGER, "float32", vars(QUICK), provenance=where)
     with pytest.raises(SystemExit, match="commit first"):

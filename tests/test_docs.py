@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import typer.main
 
-from benchmarks.__main__ import SUITES
+from benchmarks.__main__ import COMMANDS, SUITES, parser
 from gradmem.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,11 @@ def test_modules_and_suites_exist(page):
         if module == "gradmem":
             _check_command(rest)
         if module == "benchmarks" and rest and not rest[0].startswith("<"):
-            assert rest[0] in SUITES, f"python -m benchmarks {rest[0]}"
+            assert rest[0] in {*SUITES, *COMMANDS, "all"}, f"python -m benchmarks {rest[0]}"
+            if rest[0] not in COMMANDS:
+                options = {option.partition("=")[0] for option in rest if option.startswith("--")}
+                known = {name for action in parser()._actions for name in action.option_strings}
+                assert options <= known, f"python -m benchmarks {' '.join(rest)}"
 
 
 def test_dotted_names_exist(page):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import flops, footprint, harness
+from benchmarks import flops, footprint, harness, meta_step
 from benchmarks import meta_step_parts as parts
 from benchmarks.meta_step_parts import CUDA, Case, Part, measure
-from benchmarks.meta_step_providers import EAGER, FIRST_ORDER, LLAMA_1B, PROVIDERS, QUICK, Provider, make_step
+from benchmarks.meta_step_providers import EAGER, FIRST_ORDER, PROVIDERS, Provider, make_step
 from benchmarks.on_meta import triton_on_meta
+from benchmarks.shapes import LLAMA_1B, QUICK
 from gradmem_kernels import attention
 from gradmem_kernels import backend as backends
 
@@ -19,6 +20,12 @@ OPTIONS = harness.Options(quick=True, repeats=1)
 #: Every size another one, so that none passes for another.
 UNEVEN = replace(QUICK, layers=3, heads=4, kv_heads=2, width=32, intermediate=40, vocabulary=50, context_tokens=17,
                  memory_tokens=3, query_tokens=5)
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch):
+    """A process of its own does not know the providers that tests make; test_benchmarks.py runs real ones."""
+    monkeypatch.setattr(parts, "peak_rss", lambda *_: 1)
 
 
 def part(**changes):
@@ -126,7 +133,7 @@ def test_a_part_runs(capsys):
     step, read, *_ = report.rows
     assert step.executed_flops == pytest.approx(step.model_flops)
     assert read.executed_flops == pytest.approx(read.model_flops)
-    Console(width=200).print(*parts.tables(report.rows))
+    Console(width=200).print(meta_step.table(report.rows))
     printed = capsys.readouterr().out
     assert "first-order" in printed
     assert "'context_tokens': 5" in printed
@@ -148,7 +155,7 @@ def test_who_does_not_run(provider, raised, unavailable, refused, monkeypatch, c
     report = measure("flat", part(cases=cases, timed=False, counted=False), OPTIONS)
     assert [row.unavailable for row in report.rows] == [None, unavailable][: 1 if refused else 2]
     assert list(report.refused) == ([refused] if refused else [])
-    Console(width=200).print(*parts.tables(report.rows))
+    Console(width=200).print(meta_step.table(report.rows))
     assert f"K=2 S={QUICK.context_tokens}" in capsys.readouterr().out
 
 

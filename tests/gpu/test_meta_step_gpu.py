@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import harness
 from benchmarks.meta_step_parts import CUDA, Case, measure
-from benchmarks.meta_step_providers import FIRST_ORDER, GRAPHS, QUICK, make_step
+from benchmarks.meta_step_providers import FIRST_ORDER, GRAPHS, make_step
+from benchmarks.shapes import QUICK
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
