@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradmem.checkpoint import Checkpoint
-from gradmem.cli_options import Commands, experiment_options, progress
+from gradmem.cli_options import Commands, config_options, experiment_options, progress
 from gradmem.demo import run_demo
 from gradmem.doctor import doctor as print_doctor
 from gradmem.errors import CheckpointError, DataError
@@ -21,6 +21,10 @@ from gradmem.experiment import Experiment
 from gradmem.memory import Memory
 from gradmem.metrics import plot as draw_plot
 from gradmem.metrics import require_matplotlib
+from gradmem.reproduce import METHODS, PRESETS, read_rows, replace_generated
+from gradmem.reproduce import table as result_table
+from gradmem.reproduce.command import ReproduceConfig, select
+from gradmem.reproduce.command import reproduce as run_cells
 from gradmem.tasks import TASKS, KVTask
 from gradmem.tasks.files import SPACED
 from gradmem.tasks.kv import END
@@ -33,6 +37,8 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
                   help="Write contexts into memory vectors by gradient descent, and read them with the context gone.")
 train_app = typer.Typer(no_args_is_help=True, help="Train a GradMem.")
 app.add_typer(train_app, name="train")
+reproduce_app = typer.Typer(no_args_is_help=True, help="Reproduce the paper's results, with baselines beside them.")
+app.add_typer(reproduce_app, name="reproduce")
 
 CheckpointArgument = Annotated[Path, typer.Argument(help="checkpoint of a training run")]
 DeviceOption = Annotated[str, typer.Option(help="torch device to run on")]
@@ -191,6 +197,42 @@ def demo(
     require_matplotlib()
     if not run_demo(Console(), out, seed):
         raise typer.Exit(1)
+
+
+@reproduce_app.command("kv")
+@config_options(ReproduceConfig)
+def reproduce_kv(
+    config: ReproduceConfig,
+    method: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045 - typer reads it at run time
+        metavar="|".join(METHODS), help="who writes; may be repeated, as the next three (default: all)")] = None,
+    inner_steps: Annotated[Optional[list[int]], typer.Option(help="K")] = None,  # noqa: UP045
+    pairs: Annotated[Optional[list[int]], typer.Option(help="pairs in a context")] = None,  # noqa: UP045
+    seed: Annotated[Optional[list[int]], typer.Option(help="of weights and data")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Option(help="directory of the checkpoints")] = Path("runs/reproduce-kv"),
+    results: Annotated[Optional[Path], typer.Option(  # noqa: UP045
+        help="JSON lines, a row for each cell that has ended (default: rows.jsonl in --out)")] = None,
+    page: Annotated[Optional[Path], typer.Option(  # noqa: UP045
+        "--markdown", help="page whose table is made anew from the rows")] = None,
+    run: Annotated[bool, typer.Option(help="run the cells, or only make the table")] = True,
+) -> None:
+    """Key-value retrieval: train every cell to its target or its budget, and print the table.
+
+    Cells that have a row are not run again. After an interruption the same command goes on: a cell from its last
+    checkpoint. A larger --max-steps continues cells that had ended at a smaller one.
+    """
+    preset, console = PRESETS[config.preset], Console()
+    cells = select(preset, method or [], inner_steps or [], pairs or [], seed or [])
+    file, stopped = results or out / "rows.jsonl", None
+    if run:
+        stopped = run_cells(config, cells, _device(config.device), out, file, console)
+    rows = read_rows(file)
+    if page is not None:
+        replace_generated(page, preset, rows)
+    console.width = max(console.width, 130)  # a file or a pipe says 80
+    console.print(result_table(preset, rows))
+    if stopped is not None:
+        console.print(f"stopped by {stopped.name}; the same command continues")
+        raise typer.Exit(128 + stopped)
 
 
 def _device(name: str) -> torch.device:

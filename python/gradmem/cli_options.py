@@ -24,7 +24,9 @@ from gradmem.tasks.files import OPTION_OF
 from gradmem.training import OnStep
 from gradmem_kernels import ArgumentError, BackendError
 
-__all__ = ["Commands", "experiment_options", "progress"]
+__all__ = ["Commands", "config_options", "experiment_options", "progress"]
+
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 _PANELS: dict[str, type[Config]] = {"Task": KVConfig, "Data": DataConfig, "Writer": WriterConfig,
                                     "Memory": GradMemConfig, "Model": LMConfig, "Backbone": BackboneConfig,
@@ -44,24 +46,31 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from error
 
 
-def experiment_options(task: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def experiment_options(task: str) -> Decorator:
     """Gives a command an option for every field of the configurations that ``task`` has; the command gets those that
     were used, and the task, as ``options``, by name."""
-    added = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
-                               annotation=_option(field, get_type_hints(config)[field.name], panel))
-             for panel, config in _PANELS.items() for field in dataclasses.fields(config)
-             if _has(task, config, field.name)]
+    added = [_parameter(config, field, panel) for panel, config in _PANELS.items()
+             for field in dataclasses.fields(config) if _has(task, config, field.name)]
+    return _adding(added, "options", lambda given: {"task": task, **given})
 
+
+def config_options(config: type[Config]) -> Decorator:
+    """Gives a command an option for every field of ``config``; the command gets the configuration as ``config``."""
+    return _adding([_parameter(config, field, None) for field in dataclasses.fields(config)], "config",
+                   config.from_dict)
+
+
+def _adding(added: list[inspect.Parameter], argument: str, make: Callable[[dict[str, Any]], Any]) -> Decorator:
+    """Gives a command the parameters ``added``; it gets what ``make`` makes of those that were used as ``argument``."""
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def with_options(**values: Any) -> None:
             given = {parameter.name: values.pop(parameter.name) for parameter in added}
-            command(**values, options={"task": task,
-                                       **{name: value for name, value in given.items() if value is not None}})
+            command(**values, **{argument: make({name: value for name, value in given.items() if value is not None})})
 
         signature = inspect.signature(command, eval_str=True)
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()
-               if p.name != "options"]
+               if p.name != argument]
         with_options.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
         return with_options
 
@@ -74,7 +83,12 @@ def _has(task: str, config: type[Config], name: str) -> bool:
     return config is not BackboneConfig if task == "kv" else config is not KVConfig and name not in _OF_PAIRS
 
 
-def _option(field: dataclasses.Field[Any], hint: Any, panel: str) -> Any:
+def _parameter(config: type[Config], field: dataclasses.Field[Any], panel: str | None) -> inspect.Parameter:
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                             annotation=_option(field, get_type_hints(config)[field.name], panel))
+
+
+def _option(field: dataclasses.Field[Any], hint: Any, panel: str | None) -> Any:
     kind = (get_args(hint) or (hint,))[0]
     choices, default = field.metadata["choices"], field.default
     shown = "" if default is None else f" (default: {str(default).lower()})"

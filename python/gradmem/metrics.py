@@ -27,7 +27,11 @@ class MetricsLog:
         kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if step and path.exists() else []
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        self.path = path
+        self.path, self._kept = path, kept
+
+    def last(self, name: str, default: Any) -> Any:
+        """The newest value of ``name`` among the entries that were kept, or ``default``."""
+        return next((entry[name] for entry in reversed(self._kept) if name in entry), default)
 
     def append(self, entry: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

@@ -81,6 +81,8 @@ class Trainer:
             else functools.partial(meta_step, self.model, self.optimizer, grad_clip=self.config.grad_clip))
         self.directory.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(self.directory / METRICS, self.state.step)
+        #: seconds of the steps so far, those before an interruption included as far as metrics were logged
+        self.elapsed: float = self.metrics.last("elapsed", 0.0)
 
     @classmethod
     def resume(cls, directory: str | Path, options: Mapping[str, Any], device: torch.device | str = "cpu") -> Trainer:
@@ -150,9 +152,11 @@ class Trainer:
         _check_finite("norm of the gradient", norm, state.step)
         self._advance(match)
         read = loss if inner is None else loss - self.experiment.gradmem.inner_loss_weight * inner
+        seconds = time.perf_counter() - started
+        self.elapsed += seconds
         return {"step": state.step, "loss": loss, "read_loss": read, "inner_loss": inner, "exact_match": match,
                 "average": state.average, "level": level, "lr": lr, "grad_norm": norm,
-                "seconds": time.perf_counter() - started}
+                "seconds": seconds, "elapsed": self.elapsed}
 
     def _advance(self, match: float) -> None:
         """Counts a step; the next level begins when the moving average of exact match is high enough."""

@@ -23,9 +23,9 @@ __all__ = ["ForwardWriter"]
 class ForwardWriter(GradMem):
     """A :class:`gradmem.GradMem` whose WRITE is one forward pass, trained end to end.
 
-    The backbone reads ``[context; write prefix(memory_init)]``; its hidden states in the ``m`` rows of ``memory_init``,
-    after the final norm, are the memory, of GradMem's own size ``[B, m, D]``. READ, memory files and generation are
-    GradMem's.
+    The backbone reads ``[context; control tokens; projection(memory_init)]``; its hidden states in the last ``m`` rows,
+    after the final norm, are the memory, of GradMem's own size ``[B, m, D]``. Control tokens behind these would be seen
+    by none, so WRITE has no such. READ, memory files and generation are GradMem's.
 
     Args:
         backbone: the language model; READ and WRITE use the same weights.
@@ -39,6 +39,7 @@ class ForwardWriter(GradMem):
         if config.steps:
             config.fail("steps", "0 for a writer without gradient steps", config.steps)
         super().__init__(backbone, config)
+        self.write_prefix.end = None
 
     def resolve_recompute(self, context_ids: Tensor) -> str:
         """There is no inner loop: autograd keeps what the forward pass made."""
@@ -50,12 +51,13 @@ class ForwardWriter(GradMem):
         if ids.is_inference() and not torch.is_inference_mode_enabled():
             ids = ids.clone()
         with named_range("write forward"):
-            prefix = self.write_prefix(self.memory_init.unsqueeze(0)).expand(len(ids), -1, -1)
-            rows, behind = join(self.backbone.embed_tokens(ids), lengths, prefix)
+            vectors = self.write_prefix(self.memory_init.unsqueeze(0)).squeeze(0)
+            if self.write_prefix.start is not None:
+                vectors = torch.cat([self.write_prefix.start, vectors])
+            rows, behind = join(self.backbone.embed_tokens(ids), lengths, vectors.expand(len(ids), -1, -1))
             hidden = self.backbone.decoder(rows)
-            skipped = 0 if self.write_prefix.start is None else len(self.write_prefix.start)
-            at = behind[:, skipped : skipped + len(self.memory_init)]
-            memory = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+            at = behind[:, -len(self.memory_init):].unsqueeze(-1)
+            memory = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))
         memory = memory.to(torch.promote_types(memory.dtype, torch.float32))
         nothing = memory.new_zeros(0, len(ids))
         return WriteOutput(memory, nothing, nothing)
