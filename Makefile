@@ -8,13 +8,19 @@ SUITE ?= meta-step
 # Arguments for `make compile-report`: --update replaces the tables.
 REPORT ?=
 
-# An interpreter that has all dependencies already, for the targets on a GPU, e.g. WITH=python3: nothing is installed.
+# An interpreter that has a torch for its GPU, for the targets on one, e.g. WITH=python3: nothing is installed into it.
 WITH ?=
-# What `make gpu-attention` does, in order; what is done is not done again until `make gpu-again`.
-STAGES ?= configs headline long tests memory gqa sweep ops
-# Likewise of `make gpu-write`.
-WRITE_STAGES ?= tests price paper long flat
-# Processes of gpu-attention's tests: compilation is what takes their time.
+# What `make gpu` does, most telling first; what is done is not done again until `make gpu-again`. Each is also a target of
+# its own: `make build/gpu/headline`.
+STAGES ?= build configs headline price paper sanitize tests inner train memory long flat gqa sweep cross-entropy ops
+# When it starts nothing more: the same command goes on later.
+GPU_MINUTES ?= 10
+# GPU_DRY=1 goes through the stages without a GPU, on tiny shapes and the CPU, and stores nothing.
+GPU_DRY ?=
+# What such a machine lacks, brought along: `make gpu-pack`, for the Python that it has.
+PACK ?= build/gpu-pack
+PACK_PYTHON ?= 3.12
+# Processes of the tests on a GPU: compilation is what takes their time.
 JOBS ?= 8
 # Arguments for `make tune`, e.g. TUNE="--kernel dual_backward_keys --dtype half --head-dim 128".
 TUNE ?=
@@ -29,8 +35,16 @@ NATIVE = build/native-$(shell $(BIN)/python -c 'import sys, sysconfig; \
 # Tests that `make sanitize` runs on the native backend.
 SANITIZED := $(wildcard tests/test_*_native.py) $(patsubst %,tests/test_%.py,attention rms_norm layer_norm swiglu gelu \
   rotary linear_cross_entropy inner_sgd)
-GPU_PYTHON := $(or $(WITH),$(BIN)/python)
-GPU_READY := $(if $(WITH),,$(INSTALLED))
+# With an interpreter of another's, the clone's packages and those of the pack come from the path.
+GPU_SITE := build/gpu/site
+GPU_PYTHON := $(if $(WITH),PYTHONPATH=$(CURDIR):$(CURDIR)/python:$(CURDIR)/$(GPU_SITE) $(WITH),$(BIN)/python)
+GPU_READY := $(if $(WITH),$(GPU_SITE)/.unpacked,$(INSTALLED))
+GPU_BENCH = $(GPU_PYTHON) -m benchmarks
+GPU_OPTIONS := $(if $(GPU_DRY),--quick --device cpu,--store --device cuda)
+GPU_TESTS = $(GPU_PYTHON) -m pytest -q $(if $(GPU_DRY),,-n $(JOBS)) -p no:cacheprovider tests/gpu
+GPU_DONE = @mkdir -p $(@D) && touch $@
+# Torch is not among them, nor what comes with it.
+PACKED := 'setuptools>=77' pybind11 cmake ninja rich typer safetensors pytest pytest-xdist hypothesis nvtx
 # Kernels for CUDA take minutes to compile, and only a GPU runs them.
 export GRADMEM_CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 # What the compile report has compiled, where there is nvcc, and the headers that this takes.
@@ -42,7 +56,7 @@ OLD_TRITON := $(VENV)/triton-3.6.0
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-native test-hopper test-wheel sanitize lint bench compile-report compile-report-cuda \
-  gpu-attention gpu-write gpu-again tune clean
+  gpu gpu-again gpu-pack tune clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 24
@@ -109,43 +123,78 @@ compile-report-cuda: $(VENV)/.cutlass ## of these, the CUDA C++ kernels alone
 	    --toolkit $$(nvcc --version | sed -n 's/.*, V\([0-9.]*\).*/\1/p') $(REPORT); \
 	else echo 'there is no nvcc in PATH: CUDA C++ kernels are not compiled'; fi
 
-gpu-attention: $(GPU_READY) ## on a GPU: tests, benchmarks of attention, most telling first, and of the other ops
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'
-	@$(MAKE) --no-print-directory -k $(STAGES:%=build/gpu/%)
+gpu: $(GPU_READY) ## on a GPU: build, tests, sanitizer, benchmarks, most telling first; goes on where it stopped
+	@$(if $(GPU_DRY),true,$(GPU_PYTHON) -c 'import sys, torch; \
+	  sys.exit(None if torch.cuda.is_available() else "make gpu: no CUDA device here; GPU_DRY=1 goes through it without")')
+	@start=$$(date +%s); undone=; \
+	for stage in $(STAGES); do \
+	  left=$$(($(GPU_MINUTES) * 60 - $$(date +%s) + start)); \
+	  if test -e build/gpu/$$stage; then echo "gpu: $$stage is done"; \
+	  elif test $$left -lt 20; then undone="$$undone $$stage"; \
+	  else echo "gpu: $$stage, $$left s left"; \
+	    timeout $$left $(MAKE) --no-print-directory build/gpu/$$stage || undone="$$undone $$stage"; fi; \
+	done; \
+	test -z "$$undone" || { echo "gpu: not done:$$undone; the same command tries again"; exit 1; }
 
-gpu-write: $(GPU_READY) ## on a GPU: the meta-step's tests and benchmarks, most telling first
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here")'
-	@$(MAKE) --no-print-directory -k $(WRITE_STAGES:%=build/gpu/write-%)
+gpu-again: ## forget which stages of make gpu are done
+	rm -f $(STAGES:%=build/gpu/%)
 
-gpu-again: ## forget which stages of gpu-attention and gpu-write are done
-	rm -rf build/gpu
+gpu-pack: $(INSTALLED) ## what a machine with a GPU and no network lacks, into PACK, for its Python
+	@mkdir -p $(PACK)
+	$(BIN)/pip download -d $(PACK) --python-version $(PACK_PYTHON) --only-binary=:all: -c constraints.txt $(PACKED)
+	$(BIN)/pip download -d $(PACK) --python-version $(PACK_PYTHON) --only-binary=:all: -c constraints.txt --no-deps \
+	  nvidia-cutlass
+	@echo 'copy $(PACK) along with the clone; there: make gpu WITH=python3'
 
 tune: $(GPU_READY) ## on a GPU: look for faster configurations of the attention kernels
 	$(GPU_PYTHON) -m benchmarks tune $(TUNE)
 
+$(GPU_SITE)/.unpacked:
+	@mkdir -p $(@D)
+	@if test -d $(PACK); then set -ex; \
+	  $(WITH) -m pip install -q --no-index --find-links $(PACK) --target $(@D) $(PACKED); \
+	  $(WITH) -m pip install -q --no-index --find-links $(PACK) --target $(@D) --no-deps nvidia-cutlass; \
+	else echo 'no $(PACK): the interpreter itself has to have what setup.py and the tests need'; fi
+	@touch $@
+
+# What `pip install --no-build-isolation -e .` compiles, into the clone, for this GPU alone.
+build/gpu/build: $(GPU_READY)
+	$(if $(GPU_DRY),,GRADMEM_CUDA=on GRADMEM_CUDA_ARCHS=$$($(GPU_PYTHON) -c 'import torch; \
+	  major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')) \
+	  $(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) -m gradmem doctor
+	$(GPU_DONE)
+
 build/gpu/configs: $(GPU_READY)
-	$(GPU_PYTHON) -m pytest -q -n $(JOBS) -p no:cacheprovider tests/gpu -k 'every_config or graph_capture'
-	@mkdir -p $(@D) && touch $@
+	$(GPU_TESTS) -k 'every_config or every_kernel or graph_capture'
+	$(GPU_DONE)
 
 build/gpu/tests: $(GPU_READY)
-	$(GPU_PYTHON) -m pytest -q -n $(JOBS) -p no:cacheprovider tests/gpu -k 'not every_config and not graph_capture'
-	@mkdir -p $(@D) && touch $@
+	$(GPU_TESTS) -k 'not every_config and not every_kernel and not graph_capture'
+	$(GPU_DONE)
 
-build/gpu/ops: $(GPU_READY)
-	$(GPU_PYTHON) -m benchmarks ops --device cuda --store
-	@mkdir -p $(@D) && touch $@
+# Few and small: under memcheck a kernel takes a hundred times as long. Without PyTorch's cache each tensor has bounds.
+build/gpu/sanitize: $(GPU_READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(if $(GPU_DRY),,compute-sanitizer --tool memcheck --target-processes all \
+	  --error-exitcode 1) env $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
+	  tests/gpu/test_native_rows_gpu.py tests/gpu/test_attention_gpu.py tests/gpu/test_attention_hopper_gpu.py \
+	  -k 'test_empty or test_lengths and (-17- or -1-) or test_some_tangents'
+	$(GPU_DONE)
 
-build/gpu/write-tests: $(GPU_READY)
-	$(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/gpu/test_meta_step_gpu.py
-	@mkdir -p $(@D) && touch $@
+build/gpu/headline build/gpu/memory build/gpu/gqa build/gpu/sweep: $(GPU_READY)
+	$(GPU_BENCH) attention --only $(@F) $(GPU_OPTIONS)
+	$(if $(filter headline,$(@F)),$(GPU_BENCH) attention --only long $(GPU_OPTIONS))
+	$(GPU_DONE)
 
-build/gpu/write-%: $(GPU_READY)
-	$(GPU_PYTHON) -m benchmarks meta-step --device cuda --only $* --store
-	@mkdir -p $(@D) && touch $@
+build/gpu/price build/gpu/paper build/gpu/long build/gpu/flat: $(GPU_READY)
+	$(GPU_BENCH) meta-step --only $(@F) $(GPU_OPTIONS)
+	$(GPU_DONE)
 
-build/gpu/%: $(GPU_READY)
-	$(GPU_PYTHON) -m benchmarks attention --device cuda --only $* --store
-	@mkdir -p $(@D) && touch $@
+build/gpu/inner build/gpu/train build/gpu/cross-entropy build/gpu/ops: $(GPU_READY)
+	$(GPU_BENCH) $(or $($(@F)_suite),$(@F)) $(GPU_OPTIONS)
+	$(GPU_DONE)
+inner_suite := inner-step
+train_suite := end-to-end
 
 clean: ## remove the environment, caches and build products; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -80,10 +80,8 @@ CPU = {
     "paper": Part(_SINGLE, [Shape(2, 4, 4, 2056, 32), Shape(64, 4, 4, 120, 32)]),
     "memory": Part(_SINGLE, [Shape(1, 1, 1, 2**k, 32) for k in range(10, 14)], ("double_backward",), timed=False),
 }
-QUICK = {
-    "small": Part(_SINGLE, [Shape(2, 4, 2, 33, 16)]),
-    "memory": Part(_SINGLE, [Shape(1, 2, 1, s, 16) for s in (32, 64)], ("double_backward",), timed=False),
-}
+#: Where --quick runs, whatever the part, and which parts by default.
+QUICK, QUICK_PARTS = Shape(2, 4, 2, 33, 16), ("small", "memory")
 PARTS = tuple(CPU | CUDA)
 
 #: The longest sequence whose exact results are computed; longer ones are checked at this length.
@@ -107,10 +105,19 @@ class Checked(NamedTuple):
 def run(options: Options) -> Report:
     """All parts, or those named in ``options.only``."""
     device = torch.device(options.device).type
-    parts = QUICK if options.quick else CUDA if device == "cuda" else CPU
+    parts = CUDA if device == "cuda" else CPU
+    if options.quick:
+        parts = {name: quick(part) for name, part in (CPU | CUDA).items()}
     require_parts(options, parts)
-    return merged(measure(part, shape, options) for name, part in parts.items()
-                  if name in options.only or not options.only for shape in part.shapes)
+    names = options.only or (QUICK_PARTS if options.quick else parts)
+    return merged(measure(part, shape, options) for name, part in parts.items() if name in names
+                  for shape in part.shapes)
+
+
+def quick(part: Part) -> Part:
+    """The part on tiny shapes, in a dtype that every device computes in."""
+    shapes = [QUICK] if part.timed else [replace(QUICK, length=length) for length in (32, 64)]
+    return replace(part, shapes=shapes, dtype=_SINGLE)
 
 
 @old_objects_aside()

@@ -23,15 +23,16 @@ PEERS = True
 
 def run(options: Options) -> Report:
     """The parts named in ``options.only``, by default all of the device."""
-    parts = CUDA if torch.device(options.device).type == "cuda" else CPU
+    device = torch.device(options.device).type
+    parts = CUDA if device == "cuda" else CPU
+    names = options.only or tuple(parts)
+    if options.quick:  # those of the other device too, by name
+        parts = {name: quick(part, device) for name, part in (CUDA | CPU).items()}
     require_parts(options, parts)
     if options.peer_path:
         peer.use(options.peer_path)
         parts = {name: with_peer(part) for name, part in parts.items()}
-    if options.quick:
-        parts = {name: quick(part) for name, part in parts.items()}
-    return merged(measure(name, part, options) for name, part in parts.items()
-                  if name in options.only or not options.only)
+    return merged(measure(name, part, options) for name, part in parts.items() if name in names)
 
 
 def admit(providers: Sequence[Provider], shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu",

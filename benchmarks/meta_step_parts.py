@@ -104,10 +104,11 @@ CPU = {
 }
 
 
-def quick(part: Part) -> Part:
-    """The part on a tiny shape."""
-    cases = [Case(provider, replace(QUICK, steps=min(shape.steps, 2))) for provider, shape in part.cases]
-    return replace(part, cases=list(dict.fromkeys(cases)), checked=QUICK)
+def quick(part: Part, device: str) -> Part:
+    """The part on a tiny shape, in a dtype that every device computes in, with what the device has."""
+    cases = [Case(provider, replace(QUICK, steps=min(shape.steps, 2))) for provider, shape in part.cases
+             if device != "cpu" or provider not in GRAPHS]
+    return replace(part, cases=list(dict.fromkeys(cases)), checked=QUICK, dtype=torch.float32)
 
 
 def with_peer(part: Part) -> Part:

@@ -87,7 +87,7 @@ def test_make_targets_exist(page):
     for words in page.commands("make"):
         for word in words:
             name, is_variable, _ = word.partition("=")
-            pattern = rf"^{name} \??=" if is_variable else rf"^{name}:"
+            pattern = rf"^{name} \??=" if is_variable else rf"^(?:[\w/-]+ )*{name}(?: [\w/-]+)*:"
             assert re.search(pattern, makefile, re.MULTILINE), f"make {word}"
 
 
