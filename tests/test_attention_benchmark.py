@@ -214,7 +214,7 @@ def test_the_commit_may_be_named(monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    (["attention", "--quick", "--only", "nothing"], "small, memory"),
+    (["attention", "--quick", "--only", "nothing"], "expected parts of small, paper, memory"),
     (["memory", "--quick", "--only", "small"], "memory has no parts"),
     (["footprint", "--quick", "--device", "cuda"], "--device: footprint runs on cpu"),
     (["attention", "--quick", "--device", "tpu"], "--device: attention runs on cpu or cuda")],
