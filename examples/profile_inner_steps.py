@@ -4,8 +4,8 @@
     nsys profile --capture-range=cudaProfilerApi ... python examples/profile_inner_steps.py --tool cuda --device cuda
 
 `--tool torch` (the default) is torch.profiler, and prints what each named range took; `cuda` leaves the profiling to
-Nsight Systems or Nsight Compute and tells them where it begins and ends; `proton` is Triton's profiler. docs/profiling.md
-says how to read what comes out. Run on a CPU with torch.profiler; NOT RUN YET: the other two, and a GPU.
+Nsight Systems or Nsight Compute and tells them where it begins and ends; `proton` is Triton's profiler.
+docs/profiling.md says how to read what comes out. Run on a CPU with torch.profiler; NOT RUN YET: the other two, and a GPU.
 """
 
 from __future__ import annotations
