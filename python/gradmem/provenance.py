@@ -1,4 +1,7 @@
-"""Where and when a number was measured, and with what."""
+"""Where and when a number was measured, and with what.
+
+The rows of benchmarks say the same by a class of their own, which also runs beside older revisions of this package.
+"""
 
 from __future__ import annotations
 
