@@ -59,6 +59,8 @@ class Part:
         checked: the shape on which the providers are checked.
         timed: whether times are taken, beside peak memory.
         rounds: the most rounds, if there is a limit.
+        warmup: calls before each timed one. None are needed where seconds pass in a call on a CPU: taking its peak memory
+            has warmed it up.
         tf32: whether products of float32 may round their factors to TF32, everyone's.
         counted: whether operations are counted.
         environment: of a process of its own that measures it: what a C library reads when it starts.
@@ -70,6 +72,7 @@ class Part:
     checked: Shape
     timed: bool = True
     rounds: int | None = None
+    warmup: int = 1
     tf32: bool = False
     counted: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -96,9 +99,9 @@ REFUSED = "refused, no numbers: "
 #: glibc keeps what was freed instead of giving it back, so that after the warm-up nothing is a page fault.
 NO_PAGE_FAULTS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 _LONG_CONTEXT = Part([Case(provider, replace(PAPER, context_tokens=2048, batch=2)) for provider in PROVIDERS],
-                     torch.float32, replace(PAPER, batch=2), rounds=3)
+                     torch.float32, replace(PAPER, batch=2), rounds=3, warmup=0)
 CPU = {
-    "paper": Part([Case(provider, PAPER) for provider in PROVIDERS], torch.float32, PAPER, rounds=5),
+    "paper": Part([Case(provider, PAPER) for provider in PROVIDERS], torch.float32, PAPER, rounds=3, warmup=0),
     "long-context": _LONG_CONTEXT,
     "no-page-faults": replace(_LONG_CONTEXT, environment=NO_PAGE_FAULTS, resident=False),
 }
@@ -146,7 +149,8 @@ def measure(name: str, part: Part, options: Options, clock: Clock | None = None)
         if part.timed:
             prepared = {case: partial(make_step, case.provider, case.shape, part.dtype, device=device)
                         for case, of in found.items() if of.usable}
-            rounds = replace(options, repeats=min(options.repeats, part.rounds or options.repeats))
+            rounds = replace(options, repeats=min(options.repeats, part.rounds or options.repeats),
+                             warmup=part.warmup)
             samples = interleave_prepared(prepared, rounds, clock or clock_of(device))
             found |= {case: Found(unavailable="out of memory") for case in prepared.keys() - samples.keys()}
     dtype = "tf32" if part.tf32 else str(part.dtype).removeprefix("torch.")

@@ -5,7 +5,9 @@
 
 `--tool torch` (the default) is torch.profiler, and prints what each named range took; `cuda` leaves the profiling to
 Nsight Systems or Nsight Compute and tells them where it begins and ends; `proton` is Triton's profiler.
-docs/profiling.md says how to read what comes out. Run on a CPU with torch.profiler; NOT RUN YET: the other two, and a GPU.
+docs/profiling.md says how to read what comes out.
+
+Run on a CPU with torch.profiler; NOT RUN YET: the other two, and a GPU.
 """
 
 from __future__ import annotations
