@@ -7,6 +7,7 @@ reverse order.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -154,7 +155,7 @@ def table(both: Mapping[tuple[Any, ...], tuple[Row, Row, tuple[float, float, flo
         memory = f"{peak(ours) / peak(theirs):.3f}" if peak(ours) and peak(theirs) else "-"
         out.add_row(ours.step, ours.provider, ours.mode, shape,
                     *("-" if ms is None else f"{ms:.3f}" for ms in (ours.median_ms, theirs.median_ms)),
-                    *(f"{r:.3f}" for r in (median, q20, q80)), memory)
+                    *("-" if math.isnan(r) else f"{r:.3f}" for r in (median, q20, q80)), memory)
     return out
 
 

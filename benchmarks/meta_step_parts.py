@@ -59,8 +59,8 @@ class Part:
         checked: the shape on which the providers are checked.
         timed: whether times are taken, beside peak memory.
         rounds: the most rounds, if there is a limit.
-        warmup: calls before each timed one. Where a call on a CPU takes seconds there are none: taking its peak memory has
-            warmed it up.
+        warmup: calls before each timed one. Where a call on a CPU takes seconds there are none: taking its peak memory
+            has warmed it up.
         tf32: whether products of float32 may round their factors to TF32, everyone's.
         counted: whether operations are counted.
         environment: of a process of its own that measures it: what a C library reads when it starts.
