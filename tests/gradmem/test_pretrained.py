@@ -192,6 +192,21 @@ def test_a_model_s_own_forward_equals_eager_attention(family: str, recompute: st
     assert_equals_eager(model, made)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_paper_s_loop_runs_unchanged(family: str) -> None:
+    """A model of transformers, inputs_embeds, autograd.grad K times, an outer backward: nothing of GradMem's own."""
+    model = build(family)
+    made = make(model, "own", steps=3, control_tokens=1)
+    found: list[dict[str, Tensor]] = []
+    for name in ("gradmem", "eager"):
+        model.set_attn_implementation(name)
+        with Double():
+            loss, memory = plain_loss(made, model)
+            found.append({"loss": loss, "memory": memory, **gradients(loss, made)})
+    for name, expected in found[1].items():
+        assert_same(found[0][name], expected, name)
+
+
 PAPER = [{"inner_clip_value": 0.02}, {"inner_clip_norm": 0.05}, {"inner_loss_weight": 0.7}, {"write_head": True},
          {"memory_projection": "shared", "control_tokens": 2}, {"steps": 1}, {"memory_projection": "per_sample"},
          {"memory_projection": "per_sample", "control_tokens": 1, "inner_clip_norm": 0.05, "recompute": "none"},
