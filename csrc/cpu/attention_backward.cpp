@@ -28,12 +28,12 @@ class BackwardTask {
   BackwardTask(const AttentionBackward& call, Scratch& scratch, const Part& task)
       : c(call), part(task), width(round_up(c.d, WIDTH<A>)), primal(c.dq || c.dk || c.dv) {
     const Index rows = BLOCKS * ROWS, sums = part.of_keys ? part.keys * KEYS : 0;
-    scratch.reserve(((6 * width + 4) * rows + 6 * KEYS * width + 4 * KEYS * c.d + 6 * ROWS * KEYS + 4 * sums * width) *
+    scratch.reserve(((6 * width + 4) * rows + 8 * KEYS * width + 6 * ROWS * KEYS + 4 * sums * width) *
                         sizeof(A), 32);
     for (A** array : {&q, &q_t, &a, &b, &dq, &dq_t}) *array = scratch.take<A>(rows * width);
     for (A** array : {&lse, &mu, &o_b, &o_b_t}) *array = scratch.take<A>(rows);
     for (A** array : {&k, &k_t, &v, &v_t}) *array = scratch.take<A>(KEYS * width);
-    for (A** array : {&k_columns, &k_t_columns, &v_columns, &v_t_columns}) *array = scratch.take<A>(KEYS * c.d);
+    for (A** array : {&k_columns, &k_t_columns, &v_columns, &v_t_columns}) *array = scratch.take<A>(KEYS * width);
     for (A** array : {&p, &p_t, &ds, &ds_t, &u, &s_t}) *array = scratch.take<A>(ROWS * KEYS);
     for (A** array : {&dk, &dv, &dk_t, &dv_t}) *array = scratch.take<A>(sums * width);
     for (A* array : {dk, dv, dk_t, dv_t})
@@ -126,7 +126,7 @@ class BackwardTask {
     tangents = primal && meets(first, key_count, c.tangent_rows);
     const auto read = [&](const View<3>& from, const Index* range, A* to, A* columns) {
       read_rows(c, from, sample, kv_head, first, key_count, KEYS, width, A(1), range, to);
-      transpose(c.d, width, to, columns);
+      transpose(width, to, columns);
     };
     read(c.k, nullptr, k, k_columns);
     read(c.v, nullptr, v, v_columns);
@@ -268,7 +268,7 @@ class BackwardTask {
   A *q, *q_t, *a, *b, *dq, *dq_t;                               // [BLOCKS * ROWS, width]; q and q_t times the scale
   A *lse, *mu, *o_b, *o_b_t;                                    // [BLOCKS * ROWS]
   A *k, *k_t, *v, *v_t;                                         // [KEYS, width]
-  A *k_columns, *k_t_columns, *v_columns, *v_t_columns;         // [d, KEYS]
+  A *k_columns, *k_t_columns, *v_columns, *v_t_columns;         // [width, KEYS]
   A *p, *p_t, *ds, *ds_t, *u, *s_t;                             // [ROWS, KEYS]
   A *dk, *dv, *dk_t, *dv_t;                                     // [part.keys * KEYS, width]
 };

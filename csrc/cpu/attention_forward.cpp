@@ -18,12 +18,12 @@ class ForwardTask {
  public:
   ForwardTask(const AttentionForward& call, Scratch& scratch) : c(call), width(round_up(c.d, WIDTH<A>)) {
     const Index rows = BLOCKS * ROWS;
-    scratch.reserve((4 * rows * width + 3 * rows + 4 * KEYS * width + 4 * KEYS * c.d + 3 * ROWS * KEYS) * sizeof(A),
+    scratch.reserve((4 * rows * width + 3 * rows + 6 * KEYS * width + 3 * ROWS * KEYS) * sizeof(A),
                     20);
     for (A** array : {&q, &q_t, &o, &o_t}) *array = scratch.take<A>(rows * width);
     for (A** array : {&row_max, &row_sum, &mu}) *array = scratch.take<A>(rows);
     for (A** array : {&k, &k_t, &v, &v_t}) *array = scratch.take<A>(KEYS * width);
-    for (A** array : {&k_columns, &k_t_columns}) *array = scratch.take<A>(KEYS * c.d);
+    for (A** array : {&k_columns, &k_t_columns}) *array = scratch.take<A>(KEYS * width);
     for (A** array : {&s, &s_t, &capped}) *array = scratch.take<A>(ROWS * KEYS);
   }
 
@@ -74,11 +74,11 @@ class ForwardTask {
       read_rows(c, from, b, head, first, key_count, KEYS, width, A(1), range, to);
     };
     read(c.k, nullptr, k);
-    transpose(c.d, width, k, k_columns);
+    transpose(width, k, k_columns);
     read(c.v, nullptr, v);
     if (c.k_t && tangents) {
       read(c.k_t, c.tangent_rows, k_t);
-      transpose(c.d, width, k_t, k_t_columns);
+      transpose(width, k_t, k_t_columns);
     }
     if (c.v_t && tangents) read(c.v_t, c.tangent_rows, v_t);
   }
@@ -191,7 +191,7 @@ class ForwardTask {
   A *q, *q_t, *o, *o_t;             // [BLOCKS * ROWS, width]; q and q_t times the scale
   A *row_max, *row_sum, *mu;        // [BLOCKS * ROWS]
   A *k, *k_t, *v, *v_t;             // [KEYS, width]
-  A *k_columns, *k_t_columns;       // [d, KEYS]
+  A *k_columns, *k_t_columns;       // [width, KEYS]
   A *s, *s_t, *capped;              // [ROWS, KEYS]
 };
 

@@ -96,11 +96,19 @@ inline void write_row(const Attention& c, const View<3>& to, Index b, Index head
   });
 }
 
-// [d, KEYS] of [KEYS, width].
+// [width, KEYS] of [KEYS, width].
 template <class A>
-inline void transpose(Index d, Index width, const A* from, A* to) {
-  for (Index j = 0; j < d; ++j)
-    for (Index i = 0; i < KEYS; ++i) to[j * KEYS + i] = from[i * width + j];
+inline void transpose(Index width, const A* from, A* to) {
+  constexpr int W = WIDTH<A>;
+  for (Index j = 0; j < width; j += W)
+    for (Index i = 0; i < KEYS; i += W) {
+      Vec<A> square[W];
+#pragma GCC unroll 16
+      for (int n = 0; n < W; ++n) square[n] = load(from + (i + n) * width + j);
+      transpose_square<A>(square);
+#pragma GCC unroll 16
+      for (int n = 0; n < W; ++n) store(to + (j + n) * KEYS + i, square[n]);
+    }
 }
 
 // The last steps of MurmurHash3: every bit of h changes half of the bits.

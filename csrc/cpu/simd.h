@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "../common/value.h"
 
@@ -12,14 +13,14 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
-// Rows of C that a matrix product keeps in registers, beside two vectors of columns.
-constexpr int PRODUCT_ROWS = 12;
+// Rows of C that a matrix product keeps in registers, and the most vectors of columns.
+constexpr int PRODUCT_ROWS = 8, PRODUCT_VECTORS = 3;
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
-constexpr int PRODUCT_ROWS = 6;
+constexpr int PRODUCT_ROWS = 6, PRODUCT_VECTORS = 2;
 #else
 constexpr int VECTOR_BYTES = 16;
-constexpr int PRODUCT_ROWS = 6;
+constexpr int PRODUCT_ROWS = 6, PRODUCT_VECTORS = 2;
 #endif
 
 template <class T>
@@ -61,23 +62,61 @@ inline Vec<T> all(T x) {
   return Vec<T>{} + x;
 }
 
+// 0, 1, ... WIDTH - 1.
 template <class T>
-inline T sum(Vec<T> v) {
-  T part[WIDTH<T>];
-  for (int i = 0; i < WIDTH<T>; ++i) part[i] = v[i];
-  // in pairs: sums that do not wait for each other
-#pragma GCC unroll 4
-  for (int half = WIDTH<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+using LaneNumbers = std::make_integer_sequence<int, WIDTH<T>>;
+
+// Lane i is lane FROM[i] of a and b, one behind the other.
+template <class T, int... FROM>
+inline Vec<T> lanes(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, FROM...);
+#else
+  return __builtin_shuffle(a, b, Int<T>{FROM...});
+#endif
 }
 
-template <class T>
+// Lane i is lane i ^ STEP of v.
+template <class T, int STEP, int... I>
+inline Vec<T> exchanged(Vec<T> v, std::integer_sequence<int, I...>) {
+  return lanes<T, (I ^ STEP)...>(v, v);
+}
+
+template <class T, int STEP = WIDTH<T> / 2>
+inline T sum(Vec<T> v) {
+  if constexpr (STEP == 0)
+    return v[0];
+  else
+    return sum<T, STEP / 2>(v + exchanged<T, STEP>(v, LaneNumbers<T>{}));
+}
+
+template <class T, int STEP = WIDTH<T> / 2>
 inline T largest(Vec<T> v) {
-  T most = v[0];
-  for (int i = 1; i < WIDTH<T>; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  if constexpr (STEP == 0) {
+    return v[0];
+  } else {
+    const Vec<T> other = exchanged<T, STEP>(v, LaneNumbers<T>{});
+    return largest<T, STEP / 2>(other > v ? other : v);
+  }
+}
+
+// Exchanges lanes i + STEP of a with lanes i of b.
+template <class T, int STEP, int... I>
+inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, I...>) {
+  const Vec<T> low = lanes<T, (I & STEP ? WIDTH<T> + I - STEP : I)...>(a, b);
+  b = lanes<T, (I & STEP ? WIDTH<T> + I : I + STEP)...>(a, b);
+  a = low;
+}
+
+// Transposes a square of WIDTH vectors: one bit of row and lane after the other changes places.
+template <class T, int STEP = 1>
+inline void transpose_square(Vec<T>* rows) {
+  if constexpr (STEP < WIDTH<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH<T>; ++i)
+      if (!(i & STEP)) exchange<T, STEP>(rows[i], rows[i + STEP], LaneNumbers<T>{});
+    transpose_square<T, 2 * STEP>(rows);
+  }
 }
 
 // What exp and expm1 are made of: exp(x) = scale * (1 + p), scale a power of two, for x clamped to where it is normal.

@@ -50,7 +50,7 @@ void check(std::ptrdiff_t m, std::ptrdiff_t n, std::ptrdiff_t depth, bool transp
 template <class T>
 void products() {
   for (std::ptrdiff_t m : {1, 6, 12, 13, 48})
-    for (std::ptrdiff_t n : {1, 4, 16, 17, 33, 48})
+    for (std::ptrdiff_t n : {1, 4, 16, 17, 33, 48, 64, 80})
       for (std::ptrdiff_t depth : {0, 1, 5, 64})
         for (bool transposed : {false, true})
           for (bool add : {false, true}) check<T>(m, n, depth, transposed, add);

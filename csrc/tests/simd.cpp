@@ -1,4 +1,4 @@
-// exp and tanh of simd.h against the C library's of more bits, over ranges and at what is special.
+// exp and tanh of simd.h against the C library's of more bits, over ranges and at what is special; and what moves lanes.
 
 #include "../cpu/simd.h"
 
@@ -98,10 +98,21 @@ void reductions() {
   CHECK(largest<T>(load(in)) == WIDTH<T> - 4, "%g", largest<T>(load(in)));
 }
 
+template <class T>
+void squares() {
+  Vec<T> rows[WIDTH<T>];
+  for (int i = 0; i < WIDTH<T>; ++i)
+    for (int j = 0; j < WIDTH<T>; ++j) rows[i][j] = T(100 * i + j);
+  transpose_square<T>(rows);
+  for (int i = 0; i < WIDTH<T>; ++i)
+    for (int j = 0; j < WIDTH<T>; ++j) CHECK(rows[i][j] == T(100 * j + i), "%d, %d: %g", i, j, double(rows[i][j]));
+}
+
 }  // namespace
 }  // namespace gradmem
 
 int main() {
   using namespace gradmem;
-  return run({ranges<float>, ranges<double>, specials<float>, specials<double>, reductions<float>, reductions<double>});
+  return run({ranges<float>, ranges<double>, specials<float>, specials<double>, reductions<float>, reductions<double>,
+              squares<float>, squares<double>});
 }
