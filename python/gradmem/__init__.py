@@ -2,6 +2,8 @@
 
 from gradmem.checkpoint import Checkpoint
 from gradmem.config import GradMemConfig, LMConfig
+from gradmem.corpus import MemoryCorpus
+from gradmem.corpus_writer import write_corpus
 from gradmem.errors import (
     CheckpointError,
     DataError,
@@ -23,5 +25,6 @@ from gradmem.training import Trainer
 
 __all__ = ["BackboneConfig", "CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError", "Evaluation",
            "Experiment", "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "GraphError", "GraphedStep",
-           "GraphedWrite", "HubError", "LMConfig", "Memory", "MemoryFileError", "MissingExtraError", "NonFiniteError",
-           "OwnForwardLM", "Provenance", "TrainConfig", "Trainer", "TransformersLM", "evaluate"]
+           "GraphedWrite", "HubError", "LMConfig", "Memory", "MemoryCorpus",
+           "MemoryFileError", "MissingExtraError", "NonFiniteError",
+           "OwnForwardLM", "Provenance", "TrainConfig", "Trainer", "TransformersLM", "evaluate", "write_corpus"]

@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from gradmem.checkpoint import Checkpoint
+from gradmem.cli_corpus import find_memory, run_write_corpus
 from gradmem.cli_options import Commands, config_options, experiment_options, progress
 from gradmem.demo import run_demo
 from gradmem.doctor import doctor as print_doctor
 from gradmem.errors import CheckpointError, DataError
 from gradmem.evaluation import evaluate
 from gradmem.experiment import Experiment
-from gradmem.memory import Memory
 from gradmem.metrics import plot as draw_plot
 from gradmem.metrics import require_matplotlib
+from gradmem.ranks import Ranks
 from gradmem.reproduce import METHODS, PRESETS, read_rows, replace_generated
 from gradmem.reproduce import table as result_table
 from gradmem.reproduce.command import ReproduceConfig, select
@@ -121,23 +122,42 @@ def evaluate_checkpoint(
 @app.command()
 def write(
     checkpoint: CheckpointArgument,
-    context: Annotated[Path, typer.Option(help="text file with the context; a final newline does not count; - for "
-                                               "the standard input")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="memory file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="memory file to write; with --input, a folder")],
+    context: Annotated[Optional[Path], typer.Option(  # noqa: UP045 - typer reads it at run time
+        help="text file with the context; a final newline does not count; - for the standard input")] = None,
+    corpus: Annotated[Optional[Path], typer.Option(  # noqa: UP045
+        "--input", help="JSON lines, each with context (a text) or context_ids, and an id: all are written")] = None,
     steps: Annotated[Optional[int], typer.Option(  # noqa: UP045
         help="inner steps (default: as trained)")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="of --input: contexts written at once")] = 16,
+    max_tokens: Annotated[Optional[int], typer.Option(  # noqa: UP045
+        min=1, help="of --input: longer contexts fail (default: what the model can read)")] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="of --input: stop at the first record that "
+                                                                "fails")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Write a context into a memory file."""
+    """Write a context into a memory file, or a corpus into a folder of memories.
+
+    A corpus may be written by several processes, started with torchrun. After an interruption the same command goes
+    on. Records that cannot be written are listed in failures.jsonl, and the exit status is 1 then.
+    """
+    if (context is None) == (corpus is None):
+        raise DataError(f"expected one of --context and --input, got {'neither' if context is None else 'both'}")
     loaded = Checkpoint.load(checkpoint)
+    model = loaded.model(Ranks.here().device(_device(device)))
+    tokenizer = loaded.experiment.make_tokenizer()
+    if corpus is not None:
+        status = run_write_corpus(model, corpus, output, tokenizer, batch_size=batch_size, max_tokens=max_tokens,
+                                  steps=steps, fail_fast=fail_fast)
+        raise typer.Exit(status)
+    assert context is not None
     if not output.parent.is_dir():
         raise DataError(f"{output}: its directory does not exist")
     try:
         text = sys.stdin.read() if str(context) == "-" else context.read_text(encoding="utf-8")
     except UnicodeDecodeError as reason:
         raise DataError(f"{context}: not a text file: {reason}") from reason
-    ids = loaded.experiment.make_tokenizer().encode(text.removesuffix("\n"))
-    model = loaded.model(_device(device))
+    ids = tokenizer.encode(text.removesuffix("\n"))
     with torch.inference_mode():
         memory = model.write(torch.tensor([ids], dtype=torch.int64, device=model.memory_init.device), steps=steps)
     memory.save(output)
@@ -147,14 +167,16 @@ def write(
 @app.command()
 def read(
     checkpoint: CheckpointArgument,
-    memory: Annotated[Path, typer.Argument(help="memory file")],
+    memory: Annotated[Path, typer.Argument(help="memory file, or folder of a corpus")],
     query: Annotated[list[str], typer.Option(help="what to ask, such as '?!ab:'; may be repeated, or empty")],
     max_new_tokens: Annotated[Optional[int], typer.Option(  # noqa: UP045
         min=1, help="longest answer in tokens (default: that of the task; needed after training on files, but for "
                     "text)")] = None,
+    record: Annotated[Optional[str], typer.Option(  # noqa: UP045
+        "--id", help="of a folder: the record whose memory is read")] = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Answer queries from a memory file: for each a line (or more, as its answer has) of query, tab and answer."""
+    """Answer queries from a memory: for each a line (or more, as its answer has) of query, tab and answer."""
     loaded = Checkpoint.load(checkpoint)
     data = loaded.experiment.data
     if max_new_tokens is None:
@@ -166,9 +188,7 @@ def read(
         else:
             max_new_tokens = loaded.experiment.task.value_length + len(END)
     tokenizer, model = loaded.experiment.make_tokenizer(), loaded.model(_device(device))
-    written = Memory.load(memory, model)
-    if len(written) != 1:
-        raise DataError(f"{memory}: expected one memory, got {len(written)}; split it with gradmem.Memory")
+    written = find_memory(memory, record, model)
     rows = [tokenizer.encode(text) for text in query]
     ids = torch.full((1, len(rows), max(map(len, rows))), tokenizer.pad_id)
     for i, row in enumerate(rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from gradmem.errors import GradMemError
 
-__all__ = ["load_tensors", "replacing", "save_tensors"]
+__all__ = ["load_about", "load_tensors", "replacing", "save_tensors"]
 
 _KEY = "gradmem"  # of the description in the safetensors metadata
 _MAX_HEADER = 100_000_000  # bytes, the limit of the format
@@ -25,7 +26,8 @@ _MAX_HEADER = 100_000_000  # bytes, the limit of the format
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well; else ``path`` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # machines that share a file system may have processes of one number
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -53,6 +55,18 @@ def load_tensors(path: Path, kind: str, version: int,
     Raises:
         error: if the file does not exist, is truncated, is not safetensors, or is of another kind or version.
     """
+    with _opened(path, kind, version, error) as (file, about):
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+
+
+def load_about(path: Path, kind: str, version: int, error: type[GradMemError]) -> dict[str, Any]:
+    """The description alone, without reading a tensor; raises as :func:`load_tensors`."""
+    with _opened(path, kind, version, error) as (_, about):
+        return about
+
+
+@contextlib.contextmanager
+def _opened(path: Path, kind: str, version: int, error: type[GradMemError]) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         _check_safetensors(path, error)
         with safetensors.safe_open(path, "pt") as file:
@@ -63,7 +77,7 @@ def load_tensors(path: Path, kind: str, version: int,
                             f"{'a ' + about['kind'] + ' file' if 'kind' in about else 'safetensors of something else'}")
             if about.get("version") != version:
                 raise error(f"{path}: expected version {version} of the {kind} format, got {about.get('version')}")
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+            yield file, about
     except safetensors.SafetensorError as reason:
         raise error(f"{path}: not a valid safetensors file: {reason}") from reason
     except OSError as reason:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Memory", "Provenance", "context_hash"]
 
-_KIND, _VERSION = "memory", 1
+KIND, VERSION = "memory", 1
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,19 @@ class Memory:
                            "write the memory again with the weights as they are")
         return self.model
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, more: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file; an interrupted write leaves the file that was there before.
+
+        Args:
+            path: of the file.
+            more: what its description shall hold beside the provenance, in types that JSON has.
 
         Raises:
             MemoryFileError: if a value is not finite.
         """
         self.check_finite(path)
-        save_tensors(Path(path), _KIND, _VERSION, {"memory": self.tensor.detach()}, self.about())
+        save_tensors(Path(path), KIND, VERSION, {"memory": self.tensor.detach()},
+                     {**self.about(), **(more or {})})
 
     def check_finite(self, path: str | Path) -> None:
         """
@@ -195,7 +200,7 @@ class Memory:
             MemoryFileError: if the file is missing, truncated, not safetensors, no memory file or of another model.
         """
         path = Path(path)
-        tensors, about = load_tensors(path, _KIND, _VERSION, MemoryFileError)
+        tensors, about = load_tensors(path, KIND, VERSION, MemoryFileError)
         try:
             memory = Memory(tensors["memory"], tuple(_provenance(entry) for entry in about["provenance"]))
         except (ArgumentError, KeyError, TypeError) as reason:
