@@ -63,7 +63,9 @@ class Part:
             has warmed it up.
         tf32: whether products of float32 may round their factors to TF32, everyone's.
         counted: whether operations are counted.
-        environment: of a process of its own that measures it: what a C library reads when it starts.
+        apart: whether a process of its own measures it. glibc's allocator serves large tensors by what was freed before:
+            whatever ran earlier in a process changes how many page faults there are.
+        environment: of that process: what a C library reads when it starts.
         resident: whether the resident set of processes that run one case alone is taken, on a CPU.
     """
 
@@ -75,6 +77,7 @@ class Part:
     warmup: int = 1
     tf32: bool = False
     counted: bool = True
+    apart: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     resident: bool = True
 
@@ -99,7 +102,9 @@ REFUSED = "refused, no numbers: "
 #: glibc keeps what was freed instead of giving it back, so that after the warm-up nothing is a page fault.
 NO_PAGE_FAULTS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 _LONG_CONTEXT = Part([Case(provider, replace(PAPER, context_tokens=2048, batch=2)) for provider in PROVIDERS],
-                     torch.float32, replace(PAPER, batch=2), rounds=3, warmup=0)
+                     torch.float32, replace(PAPER, batch=2), rounds=3, warmup=0, apart=True)
+#: Tells a process which part it is of its own for.
+_APART = "GRADMEM_BENCHMARK_PART"
 CPU = {
     "paper": Part([Case(provider, PAPER) for provider in PROVIDERS], torch.float32, PAPER, rounds=3, warmup=0),
     "long-context": _LONG_CONTEXT,
@@ -139,7 +144,7 @@ def measure(name: str, part: Part, options: Options, clock: Clock | None = None)
 
     ``clock``: by default the one of the device.
     """
-    if any(os.environ.get(variable) != value for variable, value in part.environment.items()):
+    if part.apart and os.environ.get(_APART) != name:
         return _elsewhere(name, part, options)
     device = options.device
     with _products(part):
@@ -161,14 +166,14 @@ def measure(name: str, part: Part, options: Options, clock: Clock | None = None)
 
 
 def _elsewhere(name: str, part: Part, options: Options) -> Report:
-    """The same in a process that was started with the part's environment."""
+    """The same in a process of its own, started with the part's environment."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
         command = [sys.executable, "-m", "benchmarks", "meta-step", "--only", name, "--device", options.device,
                    "--repeats", str(options.repeats), "--threads", str(torch.get_num_threads()), "--rows", str(rows)]
         command += ["--quick"] * options.quick
         command += ["--peer-path", options.peer_path] if options.peer_path else []
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | part.environment, capture_output=True, text=True,
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | part.environment | {_APART: name}, capture_output=True, text=True,
                               check=False)
         refused = [line.removeprefix(REFUSED) for line in done.stdout.splitlines() if line.startswith(REFUSED)]
         if done.returncode and not refused:

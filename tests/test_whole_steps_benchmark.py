@@ -115,6 +115,7 @@ def test_the_cases_of_a_cpu():
     assert meta_step_parts.CPU["no-page-faults"].environment == {
         "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
     assert not meta_step_parts.CPU["long-context"].environment
+    assert [name for name, part in meta_step_parts.CPU.items() if part.apart] == ["long-context", "no-page-faults"]
 
 
 def test_a_process_of_its_own_has_a_resident_set_of_its_own():
