@@ -63,8 +63,8 @@ class Part:
             has warmed it up.
         tf32: whether products of float32 may round their factors to TF32, everyone's.
         counted: whether operations are counted.
-        apart: whether a process of its own measures it. glibc's allocator serves large tensors by what was freed before:
-            whatever ran earlier in a process changes how many page faults there are.
+        apart: whether a process of its own measures it. glibc's allocator serves large tensors by what was freed
+            before: what ran earlier in a process changes how many page faults there are.
         environment: of that process: what a C library reads when it starts.
         resident: whether the resident set of processes that run one case alone is taken, on a CPU.
     """
@@ -173,8 +173,8 @@ def _elsewhere(name: str, part: Part, options: Options) -> Report:
                    "--repeats", str(options.repeats), "--threads", str(torch.get_num_threads()), "--rows", str(rows)]
         command += ["--quick"] * options.quick
         command += ["--peer-path", options.peer_path] if options.peer_path else []
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | part.environment | {_APART: name}, capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | part.environment | {_APART: name},
+                              capture_output=True, text=True, check=False)
         refused = [line.removeprefix(REFUSED) for line in done.stdout.splitlines() if line.startswith(REFUSED)]
         if done.returncode and not refused:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
