@@ -142,10 +142,13 @@ def _section(section: Section, rows: Sequence[Row]) -> list[str]:
 
 def readme(text: str, rows: Mapping[str, Sequence[Row]]) -> str:
     """The README with its generated parts as the rows have them."""
-    parts = {"meta-step": (tables.meta_step_summary, tables.newest(rows["meta-step"], cuda=False, steps=("paper",))),
-             "memory": (tables.memory, tables.newest(rows["memory"], cuda=False))}
-    for name, (table, found) in parts.items():
-        command = f"python -m benchmarks {name} --device cpu --store"
+    parts: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]], Sequence[Row]]] = {
+        f"meta-step {part}": (f"meta-step --device cpu --only {part}", tables.meta_step_summary,
+                              tables.newest(rows["meta-step"], cuda=False, steps=(part,)))
+        for part in ("long-context", "paper")}
+    parts["memory"] = "memory --device cpu", tables.memory, tables.newest(rows["memory"], cuda=False)
+    for name, (words, table, found) in parts.items():
+        command = f"python -m benchmarks {words} --store"
         body = "\n".join([*table(found), "", tables.provenance(found, command)]) if found else (
             f"{tables.NOT_MEASURED.capitalize()} (`{command}`).")
         text, count = re.subn(rf"(<!-- generated: {name} -->\n).*?(\n<!-- end -->)",

@@ -70,7 +70,7 @@ def test_what_has_no_rows_is_not_measured_yet():
 
 
 def test_the_readme_needs_its_markers():
-    with pytest.raises(SystemExit, match="expected one part between <!-- generated: meta-step -->"):
+    with pytest.raises(SystemExit, match="expected one part between <!-- generated: meta-step long-context -->"):
         report.readme("nothing", NOTHING)
 
 
