@@ -16,6 +16,7 @@ from gradmem.errors import CheckpointError
 from gradmem.experiment import Experiment
 from gradmem.files import load_tensors, save_tensors
 from gradmem.model import GradMem
+from gradmem.ranks import Ranks, like, whole
 from gradmem_kernels.checks import ArgumentError
 
 __all__ = ["Checkpoint", "TrainState"]
@@ -55,14 +56,18 @@ class Checkpoint:
     @staticmethod
     def save(path: Path, experiment: Experiment, state: TrainState, model: nn.Module,
              optimizer: torch.optim.Optimizer) -> None:
-        """Replaces ``path`` in one step: an interrupted write leaves the old checkpoint."""
+        """Replaces ``path`` in one step: an interrupted write leaves the old checkpoint.
+
+        Where the model is sharded, every process calls it and the first one writes.
+        """
         tensors = {}
         for name, weight in model.named_parameters():
-            tensors[_MODEL + name] = weight.detach()
+            tensors[_MODEL + name] = whole(weight.detach())
             for key, value in optimizer.state[weight].items():
-                tensors[f"{_OPTIMIZER}{name}.{key}"] = value
-        save_tensors(path, _KIND, _VERSION, tensors,
-                     {"experiment": experiment.to_dict(), "state": dataclasses.asdict(state)})
+                tensors[f"{_OPTIMIZER}{name}.{key}"] = whole(value)
+        if Ranks.connected().rank == 0:
+            save_tensors(path, _KIND, _VERSION, tensors,
+                         {"experiment": experiment.to_dict(), "state": dataclasses.asdict(state)})
 
     @classmethod
     def load(cls, path: str | Path) -> Checkpoint:
@@ -110,10 +115,10 @@ class Checkpoint:
                                   f"{saved.get(name, 'none')}")
         with torch.no_grad():
             for name, weight in weights.items():
-                weight.copy_(self.tensors[_MODEL + name])
+                weight.copy_(like(self.tensors[_MODEL + name], weight))
                 prefix = f"{_OPTIMIZER}{name}."
                 if optimizer is not None:
-                    optimizer.state[weight] = {key.removeprefix(prefix): value.to(weight.device, copy=True)
+                    optimizer.state[weight] = {key.removeprefix(prefix): like(value, weight)
                                                for key, value in self.tensors.items() if key.startswith(prefix)}
 
     def check_options(self, options: Mapping[str, Any]) -> Experiment:

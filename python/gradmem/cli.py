@@ -21,7 +21,7 @@ from gradmem.evaluation import evaluate
 from gradmem.experiment import Experiment
 from gradmem.metrics import plot as draw_plot
 from gradmem.metrics import require_matplotlib
-from gradmem.ranks import Ranks
+from gradmem.ranks import Ranks, connected
 from gradmem.reproduce import METHODS, PRESETS, read_rows, replace_generated
 from gradmem.reproduce import table as result_table
 from gradmem.reproduce.command import ReproduceConfig, select
@@ -67,20 +67,22 @@ def _add_train_command(task: str) -> None:
     ) -> None:
         if plot:
             require_matplotlib()
-        target = _device(device)
-        if resume:
-            trainer = Trainer.resume(out, options, target)
-        else:
-            if (out / CHECKPOINT).exists():
-                raise CheckpointError(f"{out / CHECKPOINT}: exists already; continue it with --resume, or name another "
-                                      f"directory with --out")
-            trainer = Trainer(Experiment.from_options(options), out, target)
-        console = Console()
-        if trainer.graphs:
-            console.print("steps are captured into CUDA graphs; --cuda-graphs off runs them without", highlight=False)
-        with progress(console, trainer.config.max_steps, pairs=isinstance(trainer.task, KVTask)) as on_step:
-            stopped = trainer.run(on_step)
-        if plot:
+        ranks = Ranks.here()
+        with connected(ranks.device(_device(device))) as target:
+            if resume:
+                trainer = Trainer.resume(out, options, target)
+            else:
+                if (out / CHECKPOINT).exists():
+                    raise CheckpointError(f"{out / CHECKPOINT}: exists already; continue it with --resume, or name "
+                                          f"another directory with --out")
+                trainer = Trainer(Experiment.from_options(options), out, target)
+            console = Console(quiet=ranks.rank > 0)
+            if trainer.graphs:
+                console.print("steps are captured into CUDA graphs; --cuda-graphs off runs them without",
+                              highlight=False)
+            with progress(console, trainer.config.max_steps, pairs=isinstance(trainer.task, KVTask)) as on_step:
+                stopped = trainer.run(on_step)
+        if plot and ranks.rank == 0:
             draw_plot(out / METRICS, out / "curves.png")
         console.print(f"step {trainer.state.step}: saved {out / CHECKPOINT}", highlight=False, soft_wrap=True)
         if stopped is not None:

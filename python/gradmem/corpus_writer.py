@@ -16,7 +16,7 @@ from gradmem.errors import DataError, MemoryFileError
 from gradmem.files import replacing
 from gradmem.inputs import check_count
 from gradmem.memory import Memory
-from gradmem.model import GradMem
+from gradmem.model import GradMem, weight_bytes
 from gradmem.own_forward import OwnForwardLM
 from gradmem.ranks import Ranks
 from gradmem.tasks import Tokenizer
@@ -96,7 +96,7 @@ def writer_fingerprint(model: GradMem) -> str:
                                        sort_keys=True).encode())
     for name, weight in model.named_parameters():
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(weight_bytes(weight))
     return digest.hexdigest()
 
 

@@ -64,10 +64,13 @@ class TrainConfig(Config):
     save_every: int = option(500, "steps between checkpoints", minimum=1)
     cuda_graphs: str = option("auto", "capture steps into CUDA graphs; auto: on CUDA, up to 100 M parameters",
                               choices=("auto", "on", "off"))
+    parallel: str = option("ddp", "of several processes, started with torchrun: each has all of the model, or a part",
+                           choices=("ddp", "fsdp"))
 
     def may_change(self, name: str) -> bool:
         """Whether a resumed run may have another value of this option: its computation would be the same."""
-        return name in ("log_every", "eval_every", "eval_samples", "save_every", "cuda_graphs") or (
+        return name in ("log_every", "eval_every", "eval_samples", "save_every", "cuda_graphs",
+                        "parallel") or (
             name == "max_steps" and self.schedule == "constant")
 
 

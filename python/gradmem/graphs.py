@@ -44,12 +44,16 @@ def bucket_length(length: int) -> int:
     return math.ceil(length / unit) * unit
 
 
-def graphs_wanted(mode: str, model: nn.Module, device: torch.device) -> bool:
+def graphs_wanted(mode: str, model: nn.Module, device: torch.device, processes: int = 1) -> bool:
     """Whether to train with graphs: ``"on"``, ``"off"``, or ``"auto"`` for small models on CUDA devices.
 
     Raises:
-        ArgumentError: for ``"on"`` on another device.
+        ArgumentError: for ``"on"`` on another device, or with several ``processes``, whose hooks a replay does not run.
     """
+    if processes > 1:
+        if mode == "on":
+            Checker("TrainConfig").fail("cuda_graphs", "'auto' or 'off' with several processes", "'on'")
+        return False
     if mode == "on" and device.type != "cuda":
         Checker("TrainConfig").fail("cuda_graphs", f"'auto' or 'off' on device {str(device)!r}", "'on'",
                                     "train on a CUDA device")

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,14 @@ from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
 from gradmem.lm import Backbone
 from gradmem.memory import Memory, Provenance, context_hash
 from gradmem.pretrained import Chosen, choose_backbone
+from gradmem.ranks import mean_over_ranks
 from gradmem.tasks.batch import IGNORE
 from gradmem_kernels import Prefix, WriteOutput, resolve_recompute, write
 from gradmem_kernels.checks import Checker
 from gradmem_kernels.ranges import named_range
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["GradMem", "GradMemOutput"]
 
@@ -71,6 +75,8 @@ class GradMem(nn.Module):
         self.config = config
         #: how a model of transformers is run, where from_pretrained_backbone decided it
         self.chosen: Chosen | None = None
+        #: the processes whose batches are parts of one, where gradmem.parallel has set it
+        self.ranks: ProcessGroup | None = None
         table = backbone.embed_tokens.weight
         width, device, dtype = table.shape[1], table.device, table.dtype
         self.memory_init = nn.Parameter(
@@ -283,7 +289,7 @@ class GradMem(nn.Module):
                 "backbone": self.backbone.config.to_dict(), "memory_tokens": self.config.memory_tokens}).encode())
             for name, weight in weights:
                 digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(weight_bytes(weight))
             self._fingerprint = state, digest.hexdigest()
         return self._fingerprint[1]
 
@@ -347,9 +353,10 @@ class GradMem(nn.Module):
     def _loss(self, logits: Tensor, labels: Tensor, inner_losses: Tensor) -> Tensor:
         total = F.cross_entropy(_at_least_float32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORE,
                                 reduction="sum")
-        loss = total / (labels != IGNORE).sum().clamp(min=1)
+        loss = mean_over_ranks(total, (labels != IGNORE).sum(), self.ranks)
         if self.config.inner_loss_weight and len(inner_losses):
-            loss = loss + self.config.inner_loss_weight * inner_losses[-1].mean()
+            inner = mean_over_ranks(inner_losses[-1].sum(), inner_losses.shape[1], self.ranks)
+            loss = loss + self.config.inner_loss_weight * inner
         return loss
 
     def _check_context(self, op: str, name: str, ids: Tensor, lengths: Tensor | None) -> Checker:
@@ -378,6 +385,11 @@ class GradMem(nn.Module):
 
 def _at_least_float32(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def weight_bytes(weight: Tensor) -> memoryview:
+    """Of a copy: numpy forbids for ever that the storage it looks at is freed, as that of sharded weights is."""
+    return weight.detach().to("cpu", copy=True).contiguous().view(torch.uint8).numpy().data
 
 
 def _tracked(t: Tensor) -> Tensor:

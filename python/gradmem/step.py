@@ -6,10 +6,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from gradmem.baselines import Model
+from gradmem.ranks import whole
 from gradmem.tasks.batch import Batch, exact_match
 from gradmem_kernels.ranges import named_range
 
@@ -38,18 +38,20 @@ class StepOutput(NamedTuple):
         return loss, norm, match, inner[0] if inner else None
 
 
-def meta_step(model: Model, optimizer: torch.optim.Optimizer, batch: Batch,
+def meta_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch,
               grad_clip: float = math.inf) -> StepOutput:
     """Takes a step of ``optimizer`` on the loss of ``batch``, with the gradient's norm clipped to ``grad_clip``.
 
-    Gradients are cleared before and after. Nothing in it waits for the device.
+    Gradients are cleared before and after. Nothing in it waits for the device. ``model`` may be what
+    :mod:`gradmem.parallel` makes of one, with each process's part in ``batch``; then the exact match and the inner loss
+    are those of the part.
     """
     model.zero_grad()
     out = model(batch.context_ids, batch.query_ids, batch.labels, batch.context_lengths)
     assert out.loss is not None
     with named_range("outer backward"):
         out.loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     with named_range("optimizer step"):
         if optimizer.defaults.get("fused"):  # such ones read it, and leave everything as it is where it is 1
             optimizer.found_inf = (~norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]

@@ -9,11 +9,13 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from gradmem.checkpoint import Checkpoint, TrainState
 from gradmem.errors import CheckpointError, NonFiniteError
@@ -21,6 +23,7 @@ from gradmem.evaluation import evaluate
 from gradmem.experiment import Experiment, TrainConfig
 from gradmem.graphs import GraphedStep, graphs_wanted
 from gradmem.metrics import MetricsLog
+from gradmem.ranks import Ranks
 from gradmem.step import StepOutput, meta_step
 from gradmem.tasks import Batch, FileTask
 from gradmem_kernels.ranges import named_range
@@ -49,14 +52,26 @@ class Trainer:
         directory: made if missing.
         device: to train on.
         checkpoint: to continue from; the result is the same, bit for bit, as without the interruption.
+
+    Where there is a process group, all processes train one model together, each on its part of every batch, and the
+    first one writes the files (docs/parallel.md).
     """
 
     def __init__(self, experiment: Experiment, directory: str | Path, device: torch.device | str = "cpu",
                  checkpoint: Checkpoint | None = None) -> None:
         self.experiment, self.config = experiment, experiment.train
         self.directory, self.device = Path(directory), torch.device(device)
+        self.ranks = Ranks.connected()
+        if self.config.batch_size < self.ranks.world:
+            self.config.fail("batch_size", f"at least the number of processes, {self.ranks.world}",
+                             self.config.batch_size)
         self.task = experiment.make_task()
         self.model = experiment.make_model().to(self.device)
+        digest = self.task.digest if isinstance(self.task, FileTask) else ""
+        self.state = TrainState(level=self.config.start_pairs or self.task.levels, data=digest)
+        if checkpoint is None and self.model.config.recompute == "auto":
+            self._resolve_recompute()
+        called = self._spread()
         matrices = [weight for weight in self.model.parameters() if weight.ndim == 2]
         others = [weight for weight in self.model.parameters() if weight.ndim != 2]
         # a rate in a tensor can change between replays of a graph
@@ -64,25 +79,20 @@ class Trainer:
             [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=torch.tensor(self.config.lr, device=self.device), betas=(0.9, self.config.beta2), fused=True,
             capturable=self.device.type == "cuda")
-        digest = self.task.digest if isinstance(self.task, FileTask) else ""
-        start = self.config.start_pairs or self.task.levels
-        self.state = TrainState(level=start, data=digest)
-        if checkpoint is None and self.model.config.recompute == "auto":
-            self._resolve_recompute()
         if checkpoint is not None:
             if checkpoint.state.data != digest:
                 raise CheckpointError(f"{checkpoint.path}: the data files have changed since it was made")
             self.state = checkpoint.state
             checkpoint.restore(self.model, self.optimizer)
         #: whether steps are captured into CUDA graphs
-        self.graphs = graphs_wanted(self.config.cuda_graphs, self.model, self.device)
+        self.graphs = graphs_wanted(self.config.cuda_graphs, self.model, self.device, self.ranks.world)
         self._take_step: Callable[[Batch], StepOutput] = (
             GraphedStep(self.model, self.optimizer, grad_clip=self.config.grad_clip) if self.graphs
-            else functools.partial(meta_step, self.model, self.optimizer, grad_clip=self.config.grad_clip))
+            else functools.partial(meta_step, called, self.optimizer, grad_clip=self.config.grad_clip))
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsLog(self.directory / METRICS, self.state.step)
+        self.metrics = MetricsLog(self.directory / METRICS, self.state.step) if self.ranks.rank == 0 else None
         #: seconds of the steps so far, those before an interruption included as far as metrics were logged
-        self.elapsed: float = self.metrics.last("elapsed", 0.0)
+        self.elapsed: float = 0.0 if self.metrics is None else self.metrics.last("elapsed", 0.0)
 
     @classmethod
     def resume(cls, directory: str | Path, options: Mapping[str, Any], device: torch.device | str = "cpu") -> Trainer:
@@ -107,33 +117,58 @@ class Trainer:
             NonFiniteError: if a loss or its gradient is not finite; weights and last checkpoint stay.
         """
         state, config = self.state, self.config
-        first = state.step
+        first, stopped = state.step, None
         with _signals() as caught:
-            while state.step < config.max_steps and not self._good_enough() and not caught:
+            while state.step < config.max_steps and not self._good_enough() and not (stopped := self._agreed(caught)):
                 with named_range("train step", state.step):
                     entry = self._step()
                 if state.step % config.log_every == 0:
-                    self.metrics.append(entry)
+                    self._log(entry)
                 if state.step % config.eval_every == 0:
                     self._evaluate()
                 if state.step % config.save_every == 0:
                     self.save()
                 if on_step is not None:
                     on_step(state, entry)
-            if not caught and state.step > first and state.step % config.eval_every:
+            stopped = stopped or self._agreed(caught)
+            if stopped is None and state.step > first and state.step % config.eval_every:
                 self._evaluate()
             self.save()
-            return caught[0] if caught else None
+            return stopped
 
     def save(self) -> None:
         Checkpoint.save(self.directory / CHECKPOINT, self.experiment, self.state, self.model, self.optimizer)
 
     def _resolve_recompute(self) -> None:
         """Puts what ``recompute="auto"`` stands for here into the configuration, which checkpoints hold."""
-        contexts = torch.zeros(self.config.batch_size, self.task.longest_context, dtype=torch.int64, device=self.device)
-        resolved = dataclasses.replace(self.experiment.gradmem, recompute=self.model.resolve_recompute(contexts))
+        size = -(-self.config.batch_size // self.ranks.world)
+        contexts = torch.zeros(size, self.task.longest_context, dtype=torch.int64, device=self.device)
+        answer = [self.model.resolve_recompute(contexts)]
+        if self.ranks.world > 1:  # machines may have unlike memory
+            dist.broadcast_object_list(answer, src=0)
+        resolved = dataclasses.replace(self.experiment.gradmem, recompute=answer[0])
         self.experiment = dataclasses.replace(self.experiment, gradmem=resolved)
         self.model.config = resolved
+
+    def _spread(self) -> nn.Module:
+        """Prepares the model for several processes; returns what is called in its place."""
+        if self.ranks.world == 1:
+            return self.model
+        from gradmem import parallel
+
+        if self.config.parallel == "ddp":
+            return parallel.replicate(self.model)
+        parallel.shard(self.model)
+        return self.model
+
+    def _agreed(self, caught: Sequence[signal.Signals]) -> signal.Signals | None:
+        """The signal that stops the run: one that any process caught stops all, before the same step."""
+        number = caught[0].value if caught else 0
+        if self.ranks.world > 1:
+            found = torch.tensor(number, device=self.device)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+            number = int(found)
+        return signal.Signals(number) if number else None
 
     def _good_enough(self) -> bool:
         return (self.config.stop_at is not None and self.state.level == self.task.levels
@@ -143,11 +178,12 @@ class Trainer:
         state, config, started = self.state, self.config, time.perf_counter()
         level = state.level
         with named_range("data"):
-            batch = self.task.batch(state.step, config.batch_size, queries=config.queries, level=level).to(self.device)
+            batch = self.task.batch(state.step, config.batch_size, queries=config.queries, level=level)
+            batch = batch.part(self.ranks.rank, self.ranks.world).to(self.device)
         lr = learning_rate(config, state.step)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
-        loss, norm, match, inner = self._take_step(batch).numbers()
+        loss, norm, match, inner = self._of_all(self._take_step(batch), batch).numbers()
         _check_finite("loss", loss, state.step)
         _check_finite("norm of the gradient", norm, state.step)
         self._advance(match)
@@ -158,6 +194,23 @@ class Trainer:
                 "average": state.average, "level": level, "lr": lr, "grad_norm": norm,
                 "seconds": seconds, "elapsed": self.elapsed}
 
+    def _of_all(self, out: StepOutput, part: Batch) -> StepOutput:
+        """The output of the whole batch, of which this process had ``part``."""
+        if self.ranks.world == 1:
+            return out
+        contexts, queries = len(part.context_ids), part.labels[..., 0].numel()
+        inner = out.exact_match if out.inner_loss is None else out.inner_loss
+        # the matches as the integer they are: their fraction is that of one process, bit for bit
+        sums = torch.stack([(out.exact_match.double() * queries).round(), inner.double() * contexts])
+        dist.all_reduce(sums)
+        size = self.config.batch_size
+        return out._replace(exact_match=(sums[0] / (size * (queries // contexts))).to(out.exact_match.dtype),
+                            inner_loss=None if out.inner_loss is None else sums[1] / size)
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.append(entry)
+
     def _advance(self, match: float) -> None:
         """Counts a step; the next level begins when the moving average of exact match is high enough."""
         state, config = self.state, self.config
@@ -167,11 +220,18 @@ class Trainer:
             state.level, state.average = state.level + 1, 0.0
 
     def _evaluate(self) -> None:
-        with named_range("evaluate"):
+        with named_range("evaluate"), self._gathered():
             result = evaluate(self.model, self.task, self.config.eval_samples)
-        self.metrics.append({"step": self.state.step, "held_out_loss": result.loss,
-                             "held_out_exact_match": result.exact_match,
-                             "held_out_token_accuracy": result.token_accuracy})
+        self._log({"step": self.state.step, "held_out_loss": result.loss,
+                   "held_out_exact_match": result.exact_match,
+                   "held_out_token_accuracy": result.token_accuracy})
+
+    def _gathered(self) -> contextlib.AbstractContextManager[None]:
+        if self.ranks.world == 1:
+            return contextlib.nullcontext()
+        from gradmem import parallel
+
+        return parallel.gathered(self.model)
 
 
 def _check_finite(what: str, number: float, step: int) -> None:

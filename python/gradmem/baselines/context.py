@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,13 @@ from gradmem.config import GradMemConfig
 from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
 from gradmem.lm import Backbone
 from gradmem.model import GradMemOutput
+from gradmem.ranks import mean_over_ranks
 from gradmem.tasks.batch import IGNORE
 from gradmem_kernels.checks import Checker
 from gradmem_kernels.ranges import named_range
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["FullContext", "HeldContext"]
 
@@ -49,6 +54,8 @@ class FullContext(nn.Module):
         if config.steps:
             config.fail("steps", "0 for a writer without gradient steps", config.steps)
         self.backbone, self.config = backbone, config
+        #: as in GradMem
+        self.ranks: ProcessGroup | None = None
 
     def forward(self, context_input_ids: Tensor, query_input_ids: Tensor, labels: Tensor | None = None,
                 context_lengths: Tensor | None = None) -> GradMemOutput:
@@ -66,7 +73,7 @@ class FullContext(nn.Module):
         if labels is not None:
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             total = F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-            loss = total / (labels != IGNORE).sum().clamp(min=1)
+            loss = mean_over_ranks(total, (labels != IGNORE).sum(), self.ranks)
         table, size = self.backbone.embed_tokens.weight, len(context_input_ids)
         nothing = table.new_zeros(0, size)
         return GradMemOutput(loss, logits, nothing, nothing, table.new_zeros(size, 0, table.shape[1]))

@@ -38,6 +38,10 @@ class Batch:
         return Batch(*(torch.cat([getattr(batch, field.name) for batch in batches])
                        for field in dataclasses.fields(Batch)))
 
+    def part(self, rank: int, world: int) -> Batch:
+        """The contexts of process ``rank`` of ``world``: consecutive ones, numbers that differ by one at most."""
+        return Batch(*(getattr(self, field.name).tensor_split(world)[rank] for field in dataclasses.fields(self)))
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
 
