@@ -472,7 +472,8 @@ def _transforms(f: Callable[..., Tensor], x: Inputs, a: Tensor, u: Inputs,
     yield "hessian", hessian(s, every)(*x)
     # along each input alone and along all, mapped over each input alone and over all
     choices = dict.fromkeys([*(tuple(i == j for j in every) for i in every), (True,) * len(x)])
-    for name, g in (("grad", ds), *((f"jvp(grad) along {c}", partial(jvp_of_grad, along=c)) for c in choices)):
+    along = ((f"jvp(grad) along {c}", partial(jvp_of_grad, along=c)) for c in choices)
+    for name, g in (("f", f), ("grad", ds), *along):
         yield name, g(*x)
         for mapped in choices:
             pairs = (torch.stack(pair) if flag else pair[0] for *pair, flag in zip(x, others, mapped, strict=True))

@@ -7,15 +7,16 @@ number, of the dtype that is computed with.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from gradmem_kernels.operators.define import define
+from gradmem_kernels.operators.define import define, rows_dense
 
 __all__ = ["Backward", "Forward", "InnerSGD", "Settings"]
 
+T = TypeVar("T", "Forward", "Backward")
 NONE, NEITHER = (None,) * 3, (False,) * 3
 _SETTINGS = "float lr, float? clip_value, float? clip_norm"
 
@@ -100,14 +101,14 @@ class InnerSGD:
                 (dm_t, None if dg_t is None else dg_t.view(like.shape), _reduced(dr_t, x[2], like)))
 
     def run_forward(self, *arguments):
-        out, tensors = _new_forward(*arguments), Forward(*arguments[:6])
+        out, tensors = _new_forward(*arguments), _dense(Forward(*arguments[:6]))
         y, y_t = (t if wanted else None for t, wanted in zip(out, _wanted(tensors), strict=True))
         if any(t.numel() > 0 for t in out):
             self._launch_forward(tensors, Settings(*arguments[6:]), y, y_t)
         return out
 
     def run_backward(self, *arguments):
-        out, tensors, needs = _new_backward(*arguments), Backward(*arguments[:6]), arguments[6]
+        out, tensors, needs = _new_backward(*arguments), _dense(Backward(*arguments[:6])), arguments[6]
         results = [t if need else None for t, need in zip(out, needs, strict=True)]
         if any(t is not None and t.numel() > 0 for t in tensors[4:]):
             self._launch_backward(tensors, Settings(*arguments[7:]), *results)
@@ -132,6 +133,12 @@ def _rows(x, like):
         else:
             rate = rate.expand(1, *like.shape[1:]).reshape(1, width).contiguous().expand(size, width)
     return *states, rate
+
+
+def _dense(tensors: T) -> T:
+    """As a launch reads them. vmap folds a tensor that it does not map over a batch of 1 into a view that is not."""
+    return tensors._replace(**{name: rows_dense(t) if name.startswith("rate") else t.contiguous()
+                               for name, t in tensors._asdict().items() if t is not None})
 
 
 def _reduced(terms, rate, like):
