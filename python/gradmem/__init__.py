@@ -17,14 +17,15 @@ from gradmem.errors import (
 from gradmem.evaluation import Evaluation, evaluate
 from gradmem.experiment import BackboneConfig, DataConfig, Experiment, TrainConfig
 from gradmem.graphs import GraphedStep, GraphedWrite
-from gradmem.lm import CausalLM, TransformersLM
+from gradmem.lm import Backbone, CausalLM, TransformersLM
 from gradmem.memory import Memory, Provenance
 from gradmem.model import GradMem, GradMemOutput
 from gradmem.own_forward import OwnForwardLM
+from gradmem.step import StepOutput, meta_step
 from gradmem.training import Trainer
 
-__all__ = ["BackboneConfig", "CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError", "Evaluation",
-           "Experiment", "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "GraphError", "GraphedStep",
-           "GraphedWrite", "HubError", "LMConfig", "Memory", "MemoryCorpus",
-           "MemoryFileError", "MissingExtraError", "NonFiniteError",
-           "OwnForwardLM", "Provenance", "TrainConfig", "Trainer", "TransformersLM", "evaluate", "write_corpus"]
+__all__ = ["Backbone", "BackboneConfig", "CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError",
+           "Evaluation", "Experiment", "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "GraphError",
+           "GraphedStep", "GraphedWrite", "HubError", "LMConfig", "Memory", "MemoryCorpus", "MemoryFileError",
+           "MissingExtraError", "NonFiniteError", "OwnForwardLM", "Provenance", "StepOutput", "TrainConfig", "Trainer",
+           "TransformersLM", "evaluate", "meta_step", "write_corpus"]
