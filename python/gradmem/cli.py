@@ -68,7 +68,7 @@ def _add_train_command(task: str) -> None:
         if plot:
             require_matplotlib()
         ranks = Ranks.here()
-        with connected(ranks.device(_device(device))) as target:
+        with connected(_device(device)) as target:
             if resume:
                 trainer = Trainer.resume(out, options, target)
             else:
@@ -146,7 +146,7 @@ def write(
     if (context is None) == (corpus is None):
         raise DataError(f"expected one of --context and --input, got {'neither' if context is None else 'both'}")
     loaded = Checkpoint.load(checkpoint)
-    model = loaded.model(Ranks.here().device(_device(device)))
+    model = loaded.model(_device(device))
     tokenizer = loaded.experiment.make_tokenizer()
     if corpus is not None:
         status = run_write_corpus(model, corpus, output, tokenizer, batch_size=batch_size, max_tokens=max_tokens,
@@ -259,7 +259,7 @@ def reproduce_kv(
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.zeros(0, device=name).device
+        return torch.zeros(0, device=Ranks.here().device(name)).device
     except (RuntimeError, AssertionError) as reason:
         raise ArgumentError(f"device: expected one that torch can use here, got {name!r}: "
                             f"{str(reason).splitlines()[0]}") from reason

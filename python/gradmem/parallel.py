@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -91,6 +92,7 @@ def shard(model: Model, mesh: DeviceMesh | None = None) -> None:
         mesh = init_device_mesh(device.type, (group.size(),))
     if mesh.ndim != 1:
         check.fail("mesh", "one dimension", mesh.ndim, "pass mesh['name'] of the one to shard over")
+    _show_outputs()
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)
         state = fully_shard.state(layer)  # type: ignore[attr-defined] # @contract adds it
@@ -177,6 +179,14 @@ def _group(op: str, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         Checker(op).fail("group", "processes that know each other", "none",
                          "start them with torchrun and call torch.distributed.init_process_group()")
     return cast(dist.ProcessGroup, dist.group.WORLD) if group is None else group
+
+
+@functools.cache  # once
+def _show_outputs() -> None:
+    """FSDP2 of older PyTorch finds tensors in what pytrees know alone, and would reduce no gradient of others."""
+    import torch.export
+
+    torch.export.register_dataclass(GradMemOutput)
 
 
 def _layers(model: Model) -> list[nn.Module]:

@@ -34,11 +34,9 @@ class Ranks(NamedTuple):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), cls.here().local)
 
-    def device(self, device: torch.device) -> torch.device:
-        """``device``, or where that is an accelerator without a number and there are several processes, its own one."""
-        if self.world == 1 or device.type == "cpu":
-            return device
-        return torch.device(device.type, self.local)
+    def device(self, name: str) -> str:
+        """The device ``name``; where that is an accelerator without a number, each of several processes has its own."""
+        return name if self.world == 1 or ":" in name or name == "cpu" else f"{name}:{self.local}"
 
 
 @contextlib.contextmanager

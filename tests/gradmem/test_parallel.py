@@ -31,7 +31,7 @@ from gradmem import (
 )
 from gradmem.checkpoint import TrainState
 from gradmem.metrics import read_metrics
-from gradmem.ranks import whole
+from gradmem.ranks import Ranks, whole
 from gradmem.training import CHECKPOINT, METRICS
 from gradmem_kernels import ArgumentError
 
@@ -214,6 +214,33 @@ def test_a_sharded_model_is_held_in_parts_and_writes_whole(on_both: Callable[...
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.copy_(first["weights"][name])
+
+
+def _in_two_passes(kind: str) -> torch.Tensor:
+    """Of the whole batch twice, behind a call that is refused."""
+    model, part = _model(inner_loss_weight=0.2), _part(_inputs())
+    call: Any = parallel.replicate(model) if kind == "ddp" else model
+    if kind == "fsdp":
+        parallel.shard(model)
+    with pytest.raises(ArgumentError):
+        call(part[0] + VOCAB, *part[1:])
+    for _ in range(2):
+        call(*part).loss.backward()
+    return whole(model.memory_init.grad)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_add_up_and_a_refused_call_changes_nothing(on_both: Callable[..., list[Any]], kind: str) -> None:
+    model = _model(inner_loss_weight=0.2)
+    model(*_inputs()).loss.backward()
+    for grad in on_both(_in_two_passes, kind):
+        torch.testing.assert_close(grad, 2 * model.memory_init.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_each_process_has_its_own_device() -> None:
+    assert Ranks(3, 8, 1).device("cuda") == "cuda:1"
+    assert [Ranks(3, 8, 1).device(name) for name in ("cpu", "cuda:0")] == ["cpu", "cuda:0"]
+    assert Ranks().device("cuda") == "cuda"
 
 
 # checkpoints
