@@ -15,7 +15,17 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gradmem import DataError, GradMem, Memory, MemoryCorpus, MemoryFileError, Trainer, write_corpus
+from gradmem import (
+    DataError,
+    GradMem,
+    GradMemConfig,
+    Memory,
+    MemoryCorpus,
+    MemoryFileError,
+    Trainer,
+    TransformersLM,
+    write_corpus,
+)
 from gradmem.cli import app
 from gradmem.corpus import FAILURES, MANIFEST
 from gradmem.experiment import Experiment
@@ -125,6 +135,20 @@ def test_what_a_batch_is_too_large_for_is_written_alone(make_model: Callable[...
     assert set(written) == fits
     assert {f.id for f in written.failures} == {r["id"] for r in records} - fits
     assert {f.reason for f in written.failures} == {"out of memory"}
+
+
+def test_contexts_fill_the_learned_positions_and_no_more(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=12, n_embd=16, n_layer=1, n_head=2)).eval()
+    model = GradMem(TransformersLM(gpt2), GradMemConfig(memory_tokens=3, control_tokens=1)).eval()
+    room = 12 + 1 - 5  # the last token is not read
+    corpus = corpus_file(tmp_path / "c", [{"id": n, "context_ids": [1] * n} for n in (room, room + 1)])
+    written = write_corpus(model, corpus, tmp_path / "out")
+    assert list(written) == [str(room)]
+    assert [f.reason for f in written.failures] == [f"context: expected at most {room} tokens, got {room + 1}"]
+    with pytest.raises(ArgumentError, match="learned embeddings"):
+        model.write(torch.ones(1, room + 1, dtype=torch.int64))
 
 
 def test_ranks_share_the_work_and_write_the_same_files(make_model: Callable[..., GradMem], tmp_path: Path) -> None:
@@ -258,14 +282,16 @@ app()
 """
 
 
-@pytest.mark.parametrize("moment", ["saving", "writing"])
-def test_killed_and_continued_leaves_the_same_files(checkpoint: Path, tmp_path: Path, moment: str) -> None:
+@pytest.mark.parametrize(("moment", "world"), [("saving", 1), ("writing", 1), ("saving", 2)])
+def test_killed_and_continued_leaves_the_same_files(checkpoint: Path, tmp_path: Path, moment: str, world: int) -> None:
+    """The last of ``world`` processes is killed; one alone goes on."""
     corpus = kv_corpus(tmp_path / "c.jsonl", 40)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command = ["write", str(checkpoint), "--input", str(corpus), "--batch-size", "4", "--output"]
     assert run(*command, whole).exit_code == 0
     killed = subprocess.run([sys.executable, "-c", _KILLED, moment, "3", *command, str(parts)], check=False,
-                            capture_output=True, text=True)
+                            capture_output=True, text=True,
+                            env={**os.environ, "RANK": str(world - 1), "WORLD_SIZE": str(world)})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     made = {name: (content, (parts / name).stat().st_mtime_ns) for name, content in files(parts).items()
             if name.startswith("memories-")}

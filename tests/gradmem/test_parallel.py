@@ -187,8 +187,10 @@ def _between_steps() -> Results:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for moment in ("before", "after"):
         with parallel.gathered(model):
+            assert model._fingerprint is None  # addresses and versions may be those of other values
             memory = model.write(contexts, context_lengths=lengths)
             seen[moment] = model.fingerprint(), memory.tensor.detach(), model.read(memory, queries).detach()
+        assert all(hasattr(p, "full_tensor") for p in model.parameters())
         with torch.no_grad():  # frees what it gathered
             model(contexts, queries, labels, lengths)
         assert all(hasattr(p, "full_tensor") for p in model.parameters())
