@@ -14,7 +14,7 @@ from gradmem.errors import (
     MissingExtraError,
     NonFiniteError,
 )
-from gradmem.evaluation import Evaluation, evaluate
+from gradmem.evaluation import Evaluation, TextScores, evaluate, score_text
 from gradmem.experiment import BackboneConfig, DataConfig, Experiment, TrainConfig
 from gradmem.graphs import GraphedStep, GraphedWrite
 from gradmem.lm import Backbone, CausalLM, TransformersLM
@@ -27,5 +27,5 @@ from gradmem.training import Trainer
 __all__ = ["Backbone", "BackboneConfig", "CausalLM", "Checkpoint", "CheckpointError", "DataConfig", "DataError",
            "Evaluation", "Experiment", "GradMem", "GradMemConfig", "GradMemError", "GradMemOutput", "GraphError",
            "GraphedStep", "GraphedWrite", "HubError", "LMConfig", "Memory", "MemoryCorpus", "MemoryFileError",
-           "MissingExtraError", "NonFiniteError", "OwnForwardLM", "Provenance", "StepOutput", "TrainConfig", "Trainer",
-           "TransformersLM", "evaluate", "meta_step", "write_corpus"]
+           "MissingExtraError", "NonFiniteError", "OwnForwardLM", "Provenance", "StepOutput", "TextScores",
+           "TrainConfig", "Trainer", "TransformersLM", "evaluate", "meta_step", "score_text", "write_corpus"]

@@ -17,7 +17,7 @@ from gradmem.cli_options import Commands, config_options, experiment_options, pr
 from gradmem.demo import run_demo
 from gradmem.doctor import doctor as print_doctor
 from gradmem.errors import CheckpointError, DataError
-from gradmem.evaluation import evaluate
+from gradmem.evaluation import evaluate, score_text
 from gradmem.experiment import Experiment
 from gradmem.metrics import plot as draw_plot
 from gradmem.metrics import require_matplotlib
@@ -26,7 +26,7 @@ from gradmem.reproduce import METHODS, PRESETS, read_rows, replace_generated
 from gradmem.reproduce import table as result_table
 from gradmem.reproduce.command import ReproduceConfig, select
 from gradmem.reproduce.command import reproduce as run_cells
-from gradmem.tasks import TASKS, KVTask
+from gradmem.tasks import TASKS, FileTask, KVTask
 from gradmem.tasks.files import SPACED
 from gradmem.tasks.kv import END
 from gradmem.training import CHECKPOINT, METRICS, Trainer
@@ -103,19 +103,29 @@ def evaluate_checkpoint(
     data: Annotated[Optional[str], typer.Option(  # noqa: UP045
         help="file, or hub:NAME:SPLIT, to evaluate on (default: what the checkpoint was trained to be evaluated on); "
              "kv: JSON lines")] = None,
+    text: Annotated[bool, typer.Option("--text", help="also generate the answers and score their text, with the "
+                                                      "metrics of SQuAD; for tasks of files")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Print the exact match and the token accuracy of a checkpoint on held-out contexts."""
     loaded = Checkpoint.load(checkpoint)
     task = loaded.experiment.make_task(data)
+    if text and not (isinstance(task, FileTask) and task.scored):
+        raise DataError("--text: expected a task of files whose answers are texts (babi, squad, jsonl), got "
+                        f"{loaded.experiment.data.task}; exact match and token accuracy tell all there is")
     model = loaded.trained(_device(device))
     table = Table(title=f"{checkpoint}, step {loaded.state.step}")
-    for column in ("inner steps", "exact match", "token accuracy", "loss", "samples"):
+    columns = ("text exact match", "SQuAD exact match", "SQuAD F1") if text else ()
+    for column in ("inner steps", "exact match", "token accuracy", "loss", "samples", *columns):
         table.add_column(column, justify="right")
     for k in steps or sorted({0, min(1, model.config.steps), model.config.steps}):
         result = evaluate(model, task, samples, steps=k)
-        table.add_row(str(k), f"{result.exact_match:.4f}", f"{result.token_accuracy:.4f}", f"{result.loss:.4f}",
-                      str(result.samples))
+        row = [f"{result.exact_match:.4f}", f"{result.token_accuracy:.4f}", f"{result.loss:.4f}", str(result.samples)]
+        if text:
+            assert isinstance(task, FileTask)
+            scores = score_text(model, task, samples, steps=k)
+            row += [f"{score:.4f}" for score in (scores.exact_match, scores.squad_exact_match, scores.squad_f1)]
+        table.add_row(str(k), *row)
     if isinstance(task, KVTask):
         table.add_row("chance", f"{task.config.chance:.4f}", "", "", "")
     Console().print(table)

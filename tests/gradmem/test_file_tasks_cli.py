@@ -51,6 +51,14 @@ def test_train_eval_write_and_read(task: str, query: str, extra: dict[str, Any],
     rows = [line.split("\u2502") for line in result.output.splitlines() if "\u2502" in line]
     assert int(rows[-1][5]) == len(read_rows(str(path), ByteTokenizer(), experiment.data))
     assert run("eval", checkpoint, "--data", path, "--steps", 1).output == result.output
+    if task == "text":
+        assert "--text: expected a task of files whose answers are texts" in refused("eval", checkpoint, "--text")
+    else:
+        scored = run("eval", checkpoint, "--steps", 1, "--text")
+        assert scored.exit_code == 0, scored.output
+        rows = [line.split("\u2502") for line in scored.output.splitlines() if "\u2502" in line]
+        assert len(rows[-1]) == 10
+        assert all(0 <= float(score) <= 1 for score in rows[-1][6:9])
 
     memory = tmp_path / "m"
     assert run("write", checkpoint, "--context", write(tmp_path / "context", "Ada went."), "-o", memory).exit_code == 0

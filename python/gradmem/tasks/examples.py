@@ -13,12 +13,15 @@ __all__ = ["Example", "read_text", "string_field"]
 
 @dataclass(frozen=True)
 class Example:
-    """What is written, what is asked, and the answer; ``source`` says where they stand, for messages."""
+    """What is written, what is asked, and the answer; ``source`` says where they stand, for messages.
+
+    ``answers``: all texts that are right, where they are not the target alone."""
 
     context: str
     query: str
     target: str
     source: str
+    answers: tuple[str, ...] = ()
 
 
 def read_text(path: str | Path) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gradmem.config import Config, option
 from gradmem.errors import DataError
@@ -22,7 +23,7 @@ from gradmem.tasks.squad import ORDERS, read_squad, squad_examples
 from gradmem.tasks.tokenizer import Tokenizer
 from gradmem_kernels.checks import ArgumentError
 
-__all__ = ["TASKS", "DataConfig", "FileTask", "Row", "read_rows"]
+__all__ = ["TASKS", "DataConfig", "FileTask", "Questions", "Row", "read_rows"]
 
 TASKS = ("kv", "babi", "squad", "jsonl", "text")
 
@@ -60,12 +61,26 @@ OPTION_OF = {"babi_facts": "babi", "squad_order": "squad", "chunk_tokens": "text
 
 
 class Row(NamedTuple):
-    """An example as token ids; exact match counts the target's first ``counted`` tokens."""
+    """An example as token ids; exact match counts the target's first ``counted`` tokens.
+
+    ``answers``: the texts that are right, by which generated text is scored; none for a reconstructed chunk."""
 
     context: list[int]
     query: list[int]
     target: list[int]
     counted: int
+    answers: tuple[str, ...] = ()
+
+
+class Questions(NamedTuple):
+    """``N`` contexts with a question each, right-padded: ``context_ids [N, S]``, ``query_ids [N, T]``, int64, and their
+    lengths ``[N]``; ``answers``: the texts that are right, of each."""
+
+    context_ids: Tensor
+    context_lengths: Tensor
+    query_ids: Tensor
+    query_lengths: Tensor
+    answers: list[tuple[str, ...]]
 
 
 def read_rows(path: str, tokenizer: Tokenizer, config: DataConfig) -> list[Row]:
@@ -81,8 +96,9 @@ def read_rows(path: str, tokenizer: Tokenizer, config: DataConfig) -> list[Row]:
     rows = []
     for example in _examples(path, config):
         try:
-            rows.append(Row(tokenizer.encode(example.context), tokenizer.encode(example.query),
-                            *tokenizer.encode_target(example.target)))
+            target, counted = tokenizer.encode_target(example.target)
+            rows.append(Row(tokenizer.encode(example.context), tokenizer.encode(example.query), target, counted,
+                            example.answers or (tokenizer.answer(target),)))
         except ArgumentError as reason:
             raise DataError(f"{example.source}: {reason}") from reason
     if not rows:
@@ -138,12 +154,18 @@ class FileTask:
         self.seed = seed
         self._train = rows
         self._held_out = rows if held_out is None else held_out
-        self.digest = hashlib.sha256(repr([[tuple(row) for row in part] for part in (self._train, self._held_out)])
+        # of what is learned from: without the answers that generated text is scored by
+        self.digest = hashlib.sha256(repr([[tuple(row[:4]) for row in part] for part in (self._train, self._held_out)])
                                      .encode()).hexdigest()
 
     def __len__(self) -> int:
         """Examples to evaluate on."""
         return len(self._held_out)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the right answers to evaluate on are known as texts; chunks of a text have none."""
+        return all(row.answers for row in self._held_out)
 
     @property
     def longest_context(self) -> int:
@@ -164,15 +186,42 @@ class FileTask:
         for start in range(0, len(chosen), batch_size):
             yield self._collate(chosen[start : start + batch_size])
 
+    def questions(self, samples: int, batch_size: int) -> Iterator[Questions]:
+        """The same examples to evaluate on, without their targets.
+
+        Raises:
+            ArgumentError: for rows without answers, as chunks of text are.
+        """
+        chosen = self._held_out[:samples]
+        if not self.scored:
+            raise ArgumentError("FileTask: rows: expected rows with answers, got at least one without; chunks of text "
+                                "have none, and token accuracy tells how well they are reconstructed")
+        for start in range(0, len(chosen), batch_size):
+            rows = chosen[start : start + batch_size]
+            contexts, context_lengths = self._padded([row.context for row in rows])
+            queries, query_lengths = self._padded([row.query for row in rows])
+            yield Questions(contexts, context_lengths, queries, query_lengths, [row.answers for row in rows])
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest right answer to evaluate on, and two for what stands before it and its end."""
+        return max(max(len(self.tokenizer.encode(text)) for text in row.answers)
+                   for row in self._held_out) + 2
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_id)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        return ids, torch.tensor([len(row) for row in rows])
+
     def _collate(self, rows: Sequence[Row]) -> Batch:
         size, pad = len(rows), self.tokenizer.pad_id
-        contexts = torch.full((size, max(len(row.context) for row in rows)), pad)
+        contexts, context_lengths = self._padded([row.context for row in rows])
         ids = torch.full((size, 1, max(len(row.query) + len(row.target) for row in rows)), pad)
         labels, mask = torch.full_like(ids, IGNORE), torch.zeros(ids.shape, dtype=torch.bool)
         for i, row in enumerate(rows):
             start, stop = len(row.query), len(row.query) + len(row.target)
-            contexts[i, : len(row.context)] = torch.tensor(row.context)
             ids[i, 0, :stop] = torch.tensor([*row.query, *row.target])
             labels[i, 0, start:stop] = ids[i, 0, start:stop]
             mask[i, 0, start : start + row.counted] = True
-        return Batch(contexts, torch.tensor([len(row.context) for row in rows]), ids, labels, mask)
+        return Batch(contexts, context_lengths, ids, labels, mask)

@@ -40,12 +40,12 @@ def squad_examples(questions: Iterable[tuple[str, str, Any]], order: str) -> Ite
     """An example of each ``(source, paragraph, question)``; a question's ``answers`` may be a list of objects, or an
     object of lists, as hub data sets have them."""
     for source, paragraph, entry in questions:
-        question, answer = string_field(entry, "question", source), _answer(entry, paragraph, source)
-        target = f" {answer}" if answer else ""
+        question, answers = string_field(entry, "question", source), _answers(entry, paragraph, source)
+        target = f" {answers[0]}" if answers[0] else ""
         if order == "context-question":
-            yield Example(paragraph, question, target, source)
+            yield Example(paragraph, question, target, source, answers)
         else:
-            yield Example(f"{question}\n{paragraph}", "", target, source)
+            yield Example(f"{question}\n{paragraph}", "", target, source, answers)
 
 
 def _questions(document: Any, path: str) -> Iterator[tuple[str, str, Any]]:
@@ -60,7 +60,8 @@ def _questions(document: Any, path: str) -> Iterator[tuple[str, str, Any]]:
                 yield f"{source}.qas[{k}]", context, question
 
 
-def _answer(entry: dict[str, Any], paragraph: str, source: str) -> str:
+def _answers(entry: dict[str, Any], paragraph: str, source: str) -> tuple[str, ...]:
+    """All of them, the target first; of a question without an answer, the empty one."""
     answers = entry.get("answers")
     if isinstance(answers, dict):
         texts, starts = answers.get("text"), answers.get("answer_start")
@@ -72,11 +73,11 @@ def _answer(entry: dict[str, Any], paragraph: str, source: str) -> str:
         raise DataError(f"{source}: answers: expected a list, got {type(answers).__name__}; questions without answers "
                         f"to learn from, as in a test set, cannot be used")
     if entry.get("is_impossible", False):
-        return ""
+        return ("",)
     if not answers:
         if "is_impossible" in entry:
             raise DataError(f"{source}: answers: expected at least one where is_impossible is false, got none")
-        return ""  # a hub data set says it by an empty list
+        return ("",)  # a hub data set says it by an empty list
     text = string_field(answers[0], "text", f"{source}.answers[0]")
     start = answers[0].get("answer_start")
     if not text.strip():
@@ -85,7 +86,8 @@ def _answer(entry: dict[str, Any], paragraph: str, source: str) -> str:
         found = f", where {paragraph[start : start + len(text)]!r} stands" if type(start) is int and start >= 0 else ""
         raise DataError(f"{source}.answers[0]: answer_start: expected the position of {text!r} in the context, got "
                         f"{start!r}{found}; positions count characters from 0")
-    return text
+    others = (string_field(answer, "text", f"{source}.answers[{i}]") for i, answer in enumerate(answers[1:], 1))
+    return (text, *others)
 
 
 def _list_field(entry: Any, name: str, source: str) -> list[Any]:
