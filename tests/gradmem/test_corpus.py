@@ -282,7 +282,7 @@ app()
 """
 
 
-@pytest.mark.parametrize(("moment", "world"), [("saving", 1), ("writing", 1), ("saving", 2)])
+@pytest.mark.parametrize(("moment", "world"), [("saving", 1), ("writing", 2)])
 def test_killed_and_continued_leaves_the_same_files(checkpoint: Path, tmp_path: Path, moment: str, world: int) -> None:
     """The last of ``world`` processes is killed; one alone goes on."""
     corpus = kv_corpus(tmp_path / "c.jsonl", 40)

@@ -283,6 +283,9 @@ def test_distributed_checkpoints_go_to_any_number_of_processes(on_both: Callable
     _trained(again, again, _inputs(), tmp_path / "two")
     for (name, weight), expected in zip(again.named_parameters(), straight.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    other = torch.optim.AdamW(again.parameters(), lr=0.5)
+    parallel.load(tmp_path / "two", again, other)
+    assert other.param_groups[0]["lr"] == 0.01
     with pytest.raises(CheckpointError, match="holds a checkpoint already"):
         parallel.save(tmp_path / "two", again)
     with pytest.raises(CheckpointError, match=r"got one without .metadata"):
