@@ -20,7 +20,7 @@ from gradmem.metrics import read_metrics
 from gradmem.provenance import Provenance
 from gradmem.reproduce import PRESETS, Cell, Preset, Row, append_row, markdown, read_rows, replace_generated
 from gradmem.reproduce.command import select
-from gradmem.reproduce.presets import PAPER
+from gradmem.reproduce.presets import PAPER, SMALL
 from gradmem.training import CHECKPOINT, METRICS
 from gradmem_kernels import ArgumentError
 
@@ -202,6 +202,14 @@ def test_methods_are_what_they_are_called() -> None:
     assert (one.train.stop_at, two.train.stop_at) == pytest.approx((0.9965, 0.9625))
     assert TINY.stop_at(Cell("forward", 0, 2, 0)) == pytest.approx(0.9985)
     assert one.gradmem.inner_lr == 1.0
+
+
+def test_a_method_has_options_of_its_own() -> None:
+    found = {method: SMALL.experiment(Cell(method, steps, 4, 0)) for method, steps in SMALL.methods}
+    assert {method: (experiment.train.max_steps, experiment.train.lr) for method, experiment in found.items()} == {
+        "gradient": (1000, 3e-3), "first": (1000, 3e-3), "none": (1000, 3e-3), "forward": (6000, 1e-3),
+        "context": (6000, 1e-3)}
+    assert SMALL.experiment(Cell("forward", 0, 4, 0), max_steps=7).train.max_steps == 7
 
 
 def test_a_larger_cell_begins_with_the_weights_of_the_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

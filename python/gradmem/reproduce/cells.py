@@ -44,6 +44,7 @@ class Preset:
         name: as the command line has it.
         options: of every experiment; ``queries`` are at most the pairs.
         gradient: and of those that take inner steps.
+        of_method: and of a method's own, by its name.
         inner_lr: by K.
         methods: ``(method, K)``, the lines of the table.
         pairs: N, ascending, its columns.
@@ -65,6 +66,7 @@ class Preset:
     target: float
     samples: int
     paper: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
+    of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """All cells, in an order in which each comes after the one it starts from."""
@@ -94,6 +96,7 @@ class Preset:
             options["queries"] = min(options["queries"], cell.pairs)
         if cell.steps:
             options |= {**self.gradient, "inner_lr": self.inner_lr[cell.steps]}
+        options |= self.of_method.get(cell.method, {})
         if max_steps is not None:
             options["max_steps"] = max_steps
         return Experiment.from_options(options)
