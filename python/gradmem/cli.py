@@ -14,6 +14,7 @@ from rich.table import Table
 from gradmem.checkpoint import Checkpoint
 from gradmem.cli_corpus import find_memory, run_write_corpus
 from gradmem.cli_options import Commands, config_options, experiment_options, progress
+from gradmem.convert import convert_config, load_gradmem_gpt, read_gradmem_gpt
 from gradmem.demo import run_demo
 from gradmem.doctor import doctor as print_doctor
 from gradmem.errors import CheckpointError, DataError
@@ -212,6 +213,23 @@ def read(
     for text, answer in zip(query, answers[0].tolist(), strict=True):
         answer_text = tokenizer.answer(answer)
         typer.echo(f"{text}\t{answer_text.removeprefix(' ') if data.task in SPACED else answer_text}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="folder of a GradMemGPT of the paper's public code")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for gradmem.hf.GradMemForCausalLM to load")],
+    backbone: Annotated[Optional[str], typer.Option(  # noqa: UP045 - typer reads it at run time
+        help="name or directory of its language model (default: as its configuration says)")] = None,
+) -> None:
+    """Convert a checkpoint of the paper's public code; what has no counterpart is refused by its name."""
+    tensors, config, base = read_gradmem_gpt(source, backbone)
+    from gradmem.hf import GradMemForCausalLM  # needs transformers
+
+    model = GradMemForCausalLM.from_backbone(base, convert_config(config, tensors))
+    load_gradmem_gpt(model.gradmem, tensors)
+    model.save_pretrained(output)
+    typer.echo(f"{output}: {len(tensors)} tensors")
 
 
 @app.command()

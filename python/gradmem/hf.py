@@ -87,6 +87,11 @@ class GradMemForCausalLM(PreTrainedModel):
                                                         forward=config.backbone_forward)
         self._checkpointed = self.gradmem.config.recompute
         self.post_init()
+        if self.gradmem.config.memory_projection == "shared":
+            shared = {f"gradmem.read_prefix.projection.{name}": f"gradmem.write_prefix.projection.{name}"
+                      for name in ("weight", "bias")}
+            self.all_tied_weights_keys.update(shared)  # what loading ties
+            self._tied_weights_keys = shared  # what saving leaves out
         own = self._own_forward()
         if own is not None:
             names = own.all_tied_weights_keys
