@@ -120,6 +120,8 @@ class GradMem(nn.Module):
         made.chosen = chosen
         return made
 
+    # a compiled model around it breaks its graph here: Dynamo cannot trace the derivatives within WRITE
+    @torch.compiler.disable
     def forward(self, context_input_ids: Tensor, query_input_ids: Tensor, labels: Tensor | None = None,
                 context_lengths: Tensor | None = None) -> GradMemOutput:
         """Writes each context and reads its queries, differentiable through both.
