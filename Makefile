@@ -55,7 +55,7 @@ CUTLASS = $(shell $(BIN)/python -c 'from importlib.util import find_spec; \
 OLD_TRITON := $(VENV)/triton-3.6.0
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-native test-hopper test-wheel sanitize lint bench compile-report compile-report-cuda \
+.PHONY: help demo test test-native test-hopper test-wheel sanitize lint docs bench compile-report compile-report-cuda \
   gpu gpu-again gpu-pack tune clean
 
 help: ## this list
@@ -101,6 +101,10 @@ sanitize: $(INSTALLED) ## the CPU kernels under AddressSanitizer and UndefinedBe
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+docs: $(INSTALLED) ## the reference of both packages from their docstrings, as HTML, into docs/api
+	$(BIN)/pip install -q -c constraints.txt 'pdoc>=15'
+	$(BIN)/python -m pdoc -d google -o docs/api gradmem gradmem.hf gradmem.convert gradmem.tasks gradmem_kernels
 
 bench: $(INSTALLED) ## a benchmark suite: make bench SUITE="memory --quick"
 	$(BIN)/python -m benchmarks $(SUITE)

@@ -38,7 +38,15 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(model: Model, task: KVTask | FileTask, samples: int, *, steps: int | None = None,
              batch_size: int = 256) -> Evaluation:
-    """Writes and reads held-out contexts of ``task``, with ``steps`` inner steps (default: as trained)."""
+    """Writes and reads held-out contexts of ``task``.
+
+    Args:
+        model: writes and reads; a baseline too.
+        task: has the contexts and their queries.
+        samples: the first so many contexts.
+        steps: inner steps, >= 0; default: as trained.
+        batch_size: contexts written at once.
+    """
     device = next(model.parameters()).device
     queries, labels, loss, matches, tokens = 0, 0, 0.0, 0.0, 0.0
     for cpu_batch in task.held_out(samples, batch_size):
