@@ -20,6 +20,9 @@ def check_rates(check: Checker, lr: Any, memory: Tensor | Sequence[Tensor], step
     if isinstance(lr, tuple) and (isinstance(memory, Tensor) or len(lr) != len(tensors)):
         check.fail("lr", "no tuple, as memory is one tensor" if isinstance(memory, Tensor)
                    else f"a tuple of {len(tensors)} for a memory of as many tensors", f"a tuple of {len(lr)}")
+    if isinstance(lr, Tensor) and lr.dim() > 1 and len({m.dim() for m in tensors}) > 1:
+        check.fail("lr", "a tuple, one rate for each memory tensor, as these differ in rank", f"rank {lr.dim()}",
+                   "a dimension would stand for steps in one and for samples in another")
     rates = lr if isinstance(lr, tuple) else (lr,) * len(tensors)
     for i, (rate, m) in enumerate(zip(rates, tensors, strict=True)):
         name = f"lr[{i}]" if isinstance(lr, tuple) else "lr"

@@ -200,13 +200,16 @@ def register_update_rule(name: str, rule: Callable[..., Update]) -> None:
             signature names. It returns what ``write(update=)`` takes.
 
     Raises:
-        ArgumentError: for a name that another rule has, or a rule that cannot be called with ``lr``.
+        ArgumentError: for a name that another rule has, or a rule that cannot be called with ``lr`` alone.
     """
     check = Checker("register_update_rule")
     if not isinstance(name, str) or not name:
         check.fail("name", "a name", repr(name))
     if not callable(rule) or "lr" not in inspect.signature(rule).parameters:
         check.fail("rule", "a callable that takes lr", repr(rule))
+    for option, parameter in inspect.signature(rule).parameters.items():
+        if option != "lr" and parameter.default is parameter.empty:
+            check.fail("rule", "a default for every option but lr", option, "functools.partial gives it one")
     if UPDATE_RULES.setdefault(name, rule) is not rule:
         check.fail("name", "one that no other rule has", repr(name), "del UPDATE_RULES[name] forgets the other one")
 

@@ -305,6 +305,17 @@ def test_order_none_detaches_what_a_rule_hands_out(recompute: str, where: str) -
             assert not write(loss, loss.memory[0], steps=steps, update=Holder()).memory.requires_grad
 
 
+def test_one_rate_for_memory_tensors_of_different_ranks() -> None:
+    """Of rank 2 and more it would be one for each step of some and for each sample of others."""
+    memory = torch.randn(2, 3, 4), torch.randn(2, 4)
+    with pytest.raises(ArgumentError, match="lr: expected a tuple, one rate for each memory tensor, as these differ"):
+        write(lambda m, b: m.square().sum((1, 2)) + b.square().sum(1), memory, steps=2, lr=torch.ones(2, 1, 1))
+    rates = torch.tensor([0.1, 0.2])
+    out = write(lambda m, b: m.square().sum((1, 2)) + b.square().sum(1), memory, steps=2, lr=rates)
+    expected = tuple(t * (1 - 2 * rates[0]) * (1 - 2 * rates[1]) for t in memory)
+    torch.testing.assert_close(out.memory, expected)
+
+
 def test_names_of_rules() -> None:
     def lion(lr: float, *, beta1: float = 0.9) -> Any:
         return SGD(lr)
@@ -322,7 +333,9 @@ def test_names_of_rules() -> None:
         UPDATE_RULES.pop("lion", None)
     for name, rule, message in (("adam", lion, "name: expected one that no other rule has, got 'adam'"),
                                 ("", lion, "name: expected a name"), ("x", 3, "rule: expected a callable that takes"),
-                                ("x", lambda rate: None, "rule: expected a callable that takes lr")):
+                                ("x", lambda rate: None, "rule: expected a callable that takes lr"),
+                                ("x", lambda lr, beta: None, "rule: expected a default for every option but lr, got b"),
+                                ("x", lambda lr, **options: None, "a default for every option but lr, got options")):
         with pytest.raises(ArgumentError, match=message):
             register_update_rule(name, rule)
     assert expected == UPDATE_RULES
