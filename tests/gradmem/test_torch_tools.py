@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from gradmem import GradMem
-from gradmem_kernels import ArgumentError, write
+from gradmem_kernels import ArgumentError, attention, write
 
 CONTEXT, QUERY = torch.tensor([[1, 5, 3, 7, 2], [4, 4, 9, 0, 6]]), torch.tensor([[1, 5, 3], [9, 0, 6]])
 M = torch.arange(24.0, dtype=torch.float64).view(2, 3, 4) / 24
@@ -73,6 +73,48 @@ def _written(memory: Tensor) -> Tensor:
     return write(_loss, memory, lr=0.1, steps=2).memory
 
 
+class Written(nn.Module):
+    def forward(self, memory: Tensor) -> Tensor:
+        return _written(memory)
+
+
+class Attention(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, causal=True)
+
+
+def test_write_within_a_compiled_function() -> None:
+    """Values and meta-gradients are those of the function that is not compiled."""
+    memory = M.clone().requires_grad_()
+    compiled = torch.compile(lambda m: 2 * _written(m), backend="aot_eager")(memory)
+    assert_close(compiled, 2 * _written(memory))
+    found, expected = (torch.autograd.grad(out.square().sum(), memory) for out in (compiled, 2 * _written(memory)))
+    assert_close(found, expected)
+
+
+def test_export(model: GradMem) -> None:
+    """Ops and WRITE of a loss in plain PyTorch are exported; the model is refused by PyTorch, as it counts labels."""
+    x = torch.randn(3, 1, 2, 5, 4).unbind(0)
+    assert_close(torch.export.export(Attention(), x).module()(*x), attention(*x, causal=True))
+    for seed in range(2):  # what was exported computes, and is not what it was exported with
+        memory = M + seed
+        assert_close(torch.export.export(Written(), (M,)).module()(memory), _written(memory))
+    with pytest.raises(torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
+        torch.export.export(model, (CONTEXT, QUERY))
+
+
+def test_read_is_differentiated_by_transforms(model: GradMem) -> None:
+    memory = model.write(CONTEXT).tensor.detach().requires_grad_()
+    found = torch.func.grad(lambda m: model._logits(m, QUERY).square().sum())(memory.detach())
+    assert_close((found,), torch.autograd.grad(model._logits(memory, QUERY).square().sum(), memory))
+
+
+def test_read_within_a_compiled_function(model: GradMem) -> None:
+    memory = model.write(CONTEXT)
+    compiled = torch.compile(lambda m, q: 2 * model.read(m, q), backend="aot_eager")
+    assert_close(compiled(memory, QUERY), 2 * model.read(memory, QUERY))
+
+
 def _forward_mode() -> None:
     with torch.autograd.forward_ad.dual_level():
         _written(torch.autograd.forward_ad.make_dual(M, M))
@@ -120,3 +162,25 @@ def test_automatic_mixed_precision(make_model: Any) -> None:
     scaler.scale(expected).backward(retain_graph=True)
     scaler.unscale_(optimizer)
     assert_close(tuple(weight.grad for weight in model.parameters()), gradients(model, expected), rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_of_ops_write_and_read(make_model: Any) -> None:
+    """Ops keep their tensors' dtype, WRITE its memory's; what is lost is what bfloat16 loses."""
+    x = torch.randn(3, 1, 2, 5, 4).unbind(0)
+    weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model, memory = make_model().float(), M.float()
+
+    def written() -> Tensor:
+        return write(lambda m: (m @ weight).float().square().sum((1, 2)), memory, lr=0.01, steps=2).memory
+
+    document = model.write(CONTEXT)
+    exact = attention(*x), written(), model.read(document, QUERY)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(*x), written(), model.read(document, QUERY)
+    assert [t.dtype for t in found] == [torch.float32, torch.float32, torch.bfloat16]
+    assert_close(found[0], exact[0])
+    for ours, expected in zip(found[1:], exact[1:], strict=True):
+        assert (ours.float() - expected).norm() < 2e-2 * expected.norm()
+        assert not torch.equal(ours.float(), expected)
+    gradient, exact_gradient = (torch.autograd.grad(out[1].square().sum(), weight)[0] for out in (found, exact))
+    assert (gradient - exact_gradient).norm() < 2e-2 * exact_gradient.norm()
