@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import RESULTS
+from benchmarks.provenance import RESULTS
 from gradmem_kernels.native.build_info import build_info
 from gradmem_kernels.native.kernel_attributes import KernelAttributes, kernel_attributes
 

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.compile_rows import CALLS, RowsBuild, rows_builds
-from benchmarks.harness import RESULTS
+from benchmarks.provenance import RESULTS
 from gradmem_kernels.triton import attention
 from gradmem_kernels.triton import attention_kernels as kernels
 from gradmem_kernels.triton.attention_configs import CONFIGS, HEAD_DIMS, Config, Key
