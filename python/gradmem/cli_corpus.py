@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gradmem.cli_options import progress_bar
 from gradmem.corpus import FAILURES, Manifest, MemoryCorpus
 from gradmem.corpus_records import Failure
 from gradmem.corpus_writer import OnBatch, write_corpus
@@ -70,8 +70,7 @@ def _progress(console: Console, folder: Path, ranks: Ranks) -> Iterator[OnBatch 
         yield print_line
         return
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                  TimeRemainingColumn(), console=console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("writing", total=None)
 
         def advance(memories: int, failures: Sequence[Failure], _: bool) -> None:

@@ -24,7 +24,7 @@ from gradmem.tasks.files import OPTION_OF
 from gradmem.training import OnStep
 from gradmem_kernels import ArgumentError, BackendError
 
-__all__ = ["Commands", "config_options", "experiment_options", "progress"]
+__all__ = ["Commands", "config_options", "experiment_options", "progress", "progress_bar"]
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -96,6 +96,12 @@ def _option(field: dataclasses.Field[Any], hint: Any, panel: str | None) -> Any:
         help=field.metadata["help"] + shown, rich_help_panel=panel, metavar="|".join(choices) or None)]
 
 
+def progress_bar(console: Console) -> Progress:
+    """What all bars look like."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    TimeRemainingColumn(), console=console)
+
+
 @contextlib.contextmanager
 def progress(console: Console, max_steps: int, *, pairs: bool = True) -> Iterator[OnStep]:
     """A progress bar on a terminal, a line now and then elsewhere, with the number of pairs where there are some."""
@@ -110,8 +116,7 @@ def progress(console: Console, max_steps: int, *, pairs: bool = True) -> Iterato
         yield print_line
         return
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                  TimeRemainingColumn(), console=console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("training", total=max_steps)
 
         def advance(state: TrainState, entry: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradmem.tasks.batch import IGNORE
 from gradmem_kernels.checks import Checker, check_values
 
-__all__ = ["check_count", "check_ids", "check_labels", "check_lengths"]
+__all__ = ["check_contexts", "check_count", "check_ids", "check_labels", "check_lengths", "check_queries"]
 
 
 def check_ids(check: Checker, argument: str, value: Any, dims: tuple[str, ...], vocab_size: int, *,
@@ -33,6 +33,19 @@ def check_lengths(check: Checker, argument: str, value: Any, dims: tuple[str, ..
         low, high = value.min().item(), value.max().item()
         if low < shortest or high > longest:
             check.fail(argument, f"lengths in {shortest}..{longest}", low if low < shortest else high)
+
+
+def check_contexts(check: Checker, argument: str, ids: Any, lengths: Any, vocab_size: int) -> None:
+    """Contexts: ids ``[B, S]``, right-padded to ``context_lengths [B]``, where these are given."""
+    check_ids(check, argument, ids, ("B", "S"), vocab_size)
+    if lengths is not None:
+        check_lengths(check, "context_lengths", lengths, ("B",), ids.shape[1])
+
+
+def check_queries(check: Checker, argument: str, ids: Any, vocab_size: int, *, empty: bool = False) -> None:
+    """Queries: ids ``[B, T]``, or ``[B, n, T]`` for several of each context."""
+    several = isinstance(ids, Tensor) and ids.ndim == 3
+    check_ids(check, argument, ids, ("B", "n", "T") if several else ("B", "T"), vocab_size, empty=empty)
 
 
 def check_labels(check: Checker, value: Any, query_ids: Tensor, vocab_size: int) -> None:

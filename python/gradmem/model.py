@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradmem.adapters import ADAPTER, freeze
 from gradmem.config import GradMemConfig
-from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
+from gradmem.inputs import check_contexts, check_count, check_labels, check_lengths, check_queries
 from gradmem.lm import Backbone
 from gradmem.memory import Memory, Provenance, context_hash
 from gradmem.pretrained import Chosen, choose_backbone
@@ -141,7 +141,7 @@ class GradMem(nn.Module):
                 empty context or query.
         """
         check = self._check_context("GradMem", "context_input_ids", context_input_ids, context_lengths)
-        self._check_query(check, "query_input_ids", query_input_ids)
+        check_queries(check, "query_input_ids", query_input_ids, self.vocab_size)
         if labels is not None:
             check_labels(check, labels, query_input_ids, self.vocab_size)
         written = self._write(context_input_ids, context_lengths, self.config.steps)
@@ -192,7 +192,8 @@ class GradMem(nn.Module):
         Raises:
             ArgumentError: for an argument of another type, shape, dtype or device, or ids out of range.
         """
-        self._check_query(self._check_memory("GradMem.read", memory), "query_ids", query_ids, empty=next_token)
+        check = self._check_memory("GradMem.read", memory)
+        check_queries(check, "query_ids", query_ids, self.vocab_size, empty=next_token)
         return self._logits(_tracked(memory.tensor), query_ids if next_token else query_ids[..., :-1])
 
     @torch.no_grad()
@@ -214,7 +215,8 @@ class GradMem(nn.Module):
         Raises:
             ArgumentError: for an argument of another type, shape, dtype or device, or ids out of range.
         """
-        self._check_query(self._check_memory("GradMem.prompt_embeds", memory), "query_ids", query_ids, empty=True)
+        check = self._check_memory("GradMem.prompt_embeds", memory)
+        check_queries(check, "query_ids", query_ids, self.vocab_size, empty=True)
         rows, _ = self._rows(memory.tensor, query_ids)
         return rows.view(*query_ids.shape[:-1], *rows.shape[1:])
 
@@ -236,7 +238,7 @@ class GradMem(nn.Module):
             ArgumentError: for an argument of another type, shape, dtype or device, ids or lengths out of range.
         """
         check = self._check_memory("GradMem.generate", memory)
-        self._check_query(check, "query_ids", query_ids, empty=True)
+        check_queries(check, "query_ids", query_ids, self.vocab_size, empty=True)
         check_count(check, "max_new_tokens", max_new_tokens, 1)
         if query_lengths is None:
             query_lengths = torch.full(query_ids.shape[:-1], query_ids.shape[-1], device=query_ids.device)
@@ -363,9 +365,7 @@ class GradMem(nn.Module):
 
     def _check_context(self, op: str, name: str, ids: Tensor, lengths: Tensor | None) -> Checker:
         check = self._checker(op)
-        check_ids(check, name, ids, ("B", "S"), self.vocab_size)
-        if lengths is not None:
-            check_lengths(check, "context_lengths", lengths, ("B",), ids.shape[1])
+        check_contexts(check, name, ids, lengths, self.vocab_size)
         return check
 
     def _check_memory(self, op: str, memory: Memory) -> Checker:
@@ -374,10 +374,6 @@ class GradMem(nn.Module):
             check.fail("memory", "a gradmem.Memory", type(memory).__name__, "GradMem.write makes one")
         check.tensor("memory", memory.tensor, ("B", "m", "D"), dtypes=(memory.tensor.dtype,))
         return check
-
-    def _check_query(self, check: Checker, name: str, ids: Tensor, *, empty: bool = False) -> None:
-        several = isinstance(ids, Tensor) and ids.ndim == 3
-        check_ids(check, name, ids, ("B", "n", "T") if several else ("B", "T"), self.vocab_size, empty=empty)
 
     def _checker(self, op: str) -> Checker:
         check = Checker(op)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradmem import generation
 from gradmem.baselines.rows import join
 from gradmem.config import GradMemConfig
-from gradmem.inputs import check_count, check_ids, check_labels, check_lengths
+from gradmem.inputs import check_contexts, check_count, check_labels, check_lengths, check_queries
 from gradmem.lm import Backbone
 from gradmem.model import GradMemOutput
 from gradmem.ranks import mean_over_ranks
@@ -64,8 +64,8 @@ class FullContext(nn.Module):
         Args, errors and result are those of :meth:`gradmem.GradMem.forward`; the memory is ``[B, 0, D]``.
         """
         check = self._checker("FullContext")
-        self._check_context(check, "context_input_ids", context_input_ids, context_lengths)
-        self._check_query(check, "query_input_ids", query_input_ids)
+        check_contexts(check, "context_input_ids", context_input_ids, context_lengths, self.vocab_size)
+        check_queries(check, "query_input_ids", query_input_ids, self.vocab_size)
         if labels is not None:
             check_labels(check, labels, query_input_ids, self.vocab_size)
         logits = self._logits(context_input_ids, context_lengths, query_input_ids[..., :-1])
@@ -82,7 +82,7 @@ class FullContext(nn.Module):
               steps: int | None = None) -> HeldContext:
         """Keeps the contexts, ``[N, S]`` int64, right-padded to ``context_lengths [N]``."""
         check = self._checker("FullContext.write")
-        self._check_context(check, "context_ids", context_ids, context_lengths)
+        check_contexts(check, "context_ids", context_ids, context_lengths, self.vocab_size)
         if steps:
             check.fail("steps", "0: it takes no gradient steps", steps)
         if context_lengths is None:
@@ -91,7 +91,8 @@ class FullContext(nn.Module):
 
     def read(self, memory: HeldContext, query_ids: Tensor, *, next_token: bool = False) -> Tensor:
         """As :meth:`gradmem.GradMem.read`."""
-        self._check_query(self._check_held("FullContext.read", memory), "query_ids", query_ids, empty=next_token)
+        check = self._check_held("FullContext.read", memory)
+        check_queries(check, "query_ids", query_ids, self.vocab_size, empty=next_token)
         return self._logits(memory.ids, memory.lengths, query_ids if next_token else query_ids[..., :-1])
 
     @torch.no_grad()
@@ -99,7 +100,7 @@ class FullContext(nn.Module):
                  query_lengths: Tensor | None = None, eos_token_id: int | None = None) -> Tensor:
         """As :meth:`gradmem.GradMem.generate`."""
         check = self._check_held("FullContext.generate", memory)
-        self._check_query(check, "query_ids", query_ids, empty=True)
+        check_queries(check, "query_ids", query_ids, self.vocab_size, empty=True)
         check_count(check, "max_new_tokens", max_new_tokens, 1)
         rows = query_ids.unsqueeze(1) if query_ids.ndim == 2 else query_ids
         if query_lengths is None:
@@ -144,21 +145,12 @@ class FullContext(nn.Module):
     def _repeated(ids: Tensor, lengths: Tensor | None, queries: int) -> tuple[Tensor, Tensor | None]:
         return ids.repeat_interleave(queries, 0), None if lengths is None else lengths.repeat_interleave(queries, 0)
 
-    def _check_context(self, check: Checker, name: str, ids: Tensor, lengths: Tensor | None) -> None:
-        check_ids(check, name, ids, ("B", "S"), self.vocab_size)
-        if lengths is not None:
-            check_lengths(check, "context_lengths", lengths, ("B",), ids.shape[1])
-
     def _check_held(self, op: str, memory: HeldContext) -> Checker:
         check = self._checker(op)
         if not isinstance(memory, HeldContext):
             check.fail("memory", "a HeldContext", type(memory).__name__, "FullContext.write makes one")
         check.tensor("memory", memory.ids, ("B", "S"), dtypes=(torch.int64,))
         return check
-
-    def _check_query(self, check: Checker, name: str, ids: Tensor, *, empty: bool = False) -> None:
-        several = isinstance(ids, Tensor) and ids.ndim == 3
-        check_ids(check, name, ids, ("B", "n", "T") if several else ("B", "T"), self.vocab_size, empty=empty)
 
     def _checker(self, op: str) -> Checker:
         check = Checker(op)
