@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks import peer
 from benchmarks.eager import EagerDecoder, eager_write, sdpa, token_loss
 from benchmarks.harness import Result
+from benchmarks.rows import PAPER_CODE
 from benchmarks.shapes import Shape
 from gradmem_kernels import Decoder, Prefix, PrefixLoss, linear_cross_entropy, write
 
@@ -40,7 +41,7 @@ class Provider(NamedTuple):
 EAGER = Provider("eager", "create_graph")
 PROVIDERS = (EAGER, *(Provider("gradmem", mode) for mode in ("none", "step", "layer")))
 #: The paper's own code, from a checkout of its repository.
-PEER = Provider("paper-code", "create_graph")
+PEER = Provider(PAPER_CODE, "create_graph")
 #: The library's step replayed as a CUDA graph.
 GRAPHS = tuple(Provider("gradmem-graph", mode) for mode in ("none", "step"))
 #: Ordinary training on the tokens that an inner step reads: gradients of their mean loss.

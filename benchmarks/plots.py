@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report_tables import newest
-from benchmarks.rows import Row, peak
+from benchmarks.rows import OTHERS, Row, peak
 
 __all__ = ["PLOTS", "draw"]
 
@@ -17,7 +17,7 @@ Rows = Mapping[str, Sequence[Row]]
 
 
 def _label(row: Row) -> str:
-    return "plain eager" if row.provider == "eager" else f"{row.provider} {row.mode}"
+    return OTHERS.get(row.provider, f"{row.provider} {row.mode}")
 
 
 def _source(rows: Sequence[Row]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.rows import Row, key, peak
+from benchmarks.rows import OTHERS, PAPER_CODE, Row, key, peak
 
 __all__ = ["NOT_MEASURED", "attention", "memory", "meta_step", "meta_step_summary", "modes", "newest",
            "price", "provenance", "rates", "same_shape"]
@@ -39,6 +39,8 @@ def same_shape(row: Row, *but: str) -> tuple[tuple[str, int], ...]:
 def provenance(rows: Sequence[Row], command: str) -> str:
     """The sentence that stands below a table: where its numbers come from, and how to have them again."""
     runs = dict.fromkeys(_where(row) for row in rows)
+    if any(row.provider == PAPER_CODE for row in rows):
+        command += " --peer-path DIR"
     return f"Measured with `{command}`: {'; '.join(runs)}."
 
 
@@ -131,8 +133,8 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Lines:
 
 
 def _who(row: Row) -> str:
-    if row.provider == "eager":
-        return "plain eager"
+    if row.provider in OTHERS:
+        return OTHERS[row.provider]
     if row.suite == "attention":
         return f"`{row.provider}`"
     own = row.provider == "gradmem" and row.mode in ("none", "step", "layer")

@@ -10,7 +10,11 @@ from typing import Any
 
 from benchmarks.provenance import RESULTS, Provenance, check_storable
 
-__all__ = ["Report", "Row", "append", "key", "load", "mebibytes", "merged", "peak", "store"]
+__all__ = ["OTHERS", "PAPER_CODE", "Report", "Row", "append", "key", "load", "mebibytes", "merged", "peak", "store"]
+
+PAPER_CODE = "paper-code"
+#: Providers of one mode that are not the library's, as tables and plots call them.
+OTHERS = {"eager": "plain eager", PAPER_CODE: "the paper's code"}
 
 
 @dataclass(frozen=True)

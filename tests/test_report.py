@@ -40,6 +40,8 @@ def test_a_table_names_what_it_was_measured_with():
     sentence = tables.provenance([row(), row("gradmem", "step")], "python -m benchmarks meta-step")
     assert sentence == ("Measured with `python -m benchmarks meta-step`: a CPU, 2 threads, torch 2.13, Triton none, "
                         "Python 3.11, glibc 2.36, default settings, commit aaaaaaa, 2026-01-02.")
+    # rows of the paper's code need a checkout of it
+    assert "`c --peer-path DIR`" in tables.provenance([row(), row("paper-code", "create_graph")], "c")
 
 
 def test_rows_of_the_newest_run_alone():
