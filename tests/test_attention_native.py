@@ -140,6 +140,14 @@ def test_every_instruction_set(options, dtype):
                 {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-10}))
 
 
+def test_boundaries_beyond_the_keys():
+    """Transforms of torch.func hide boundaries from checks: what they say of keys that are not there is ignored."""
+    one = call(lengths=(60, 100), cu_seqlens=(0, 60), cu_seqlens_k=(0, 100))
+    outside = {**one, "aux": (*one["aux"][:2], torch.tensor([-5, 200]), *one["aux"][3:])}
+    expected = everything(one)
+    assert all(torch.equal(t, expected[name]) for name, t in everything(outside).items())
+
+
 def test_an_unknown_instruction_set_is_refused():
     from gradmem_kernels.native import _cpu
 

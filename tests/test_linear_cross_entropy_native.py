@@ -7,6 +7,8 @@ import torch
 from second_order import assert_close
 from test_rows_native import close, instruction_set, on_threads, operators
 
+from gradmem_kernels import linear_cross_entropy
+from gradmem_kernels.checks import ArgumentError
 from gradmem_kernels.native.common import refusal
 from gradmem_kernels.reference.linear_cross_entropy import RowKernels
 
@@ -89,6 +91,16 @@ def test_logits_of_any_size():
     torch.testing.assert_close(row[:, 0].double(), -expected[[0, 1], [1, 2]], rtol=1e-6, atol=0)
     torch.testing.assert_close(lse, z.logsumexp(-1, keepdim=True))
     torch.testing.assert_close(dz.double(), expected.exp() - torch.eye(3).double()[[1, 2]], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("label", [5, -1, 5_000_000])
+def test_labels_that_nobody_could_look_at(label):
+    """Inside a transform of torch.func the op does not see values: the kernel must not write beside its row."""
+    hidden, weight, labels = torch.randn(1, 2, 4), torch.randn(5, 4), torch.tensor([[1, label]])
+    with pytest.raises(ArgumentError, match=rf"labels: expected values in 0 .. 4, or ignore_index, got {label}$"):
+        torch.func.grad(lambda *x: linear_cross_entropy(x[0], weight, x[1], backend="native").sum())(hidden, labels)
+    (row, *_), _ = native_rows().forward(torch.randn(2, 5), None, torch.tensor([[0], [4]]), None, None, False)
+    assert row.isfinite().all()
 
 
 @pytest.mark.parametrize("dual", [False, True])

@@ -198,6 +198,19 @@ def test_infinite_and_missing_values():
     torch.testing.assert_close(y, torch.tensor([nan, inf, 0.0, 1e30, 0.0]), equal_nan=True)
 
 
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_a_large_mean_stays_in_its_row(op):
+    """What lies beyond the end of a row, which is no whole vector, becomes infinite."""
+    x, weights = torch.full((2, 5), 2.0**123), torch.ones(2, 5).unbind(0)[: len(OPS[op][2]) - 1]
+    options, every = OPS[op][1], (True,) * len(OPS[op][2])
+    found = {}
+    for backend in ("native", "reference"):
+        kernels = backends.select(op, backend, x)
+        y, saved = kernels.forward((x, *weights), (), **options)
+        found[backend] = kernels.backward((x, *weights), (), y, saved, (torch.ones_like(x),), every, **options)
+    assert all(map(torch.equal, found["native"], found["reference"]))
+
+
 def operators(op):
     """Those of PyTorch that run native kernels, which a call of the op would make."""
     importlib.import_module(f"gradmem_kernels.native.{op}")

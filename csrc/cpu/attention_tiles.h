@@ -34,8 +34,8 @@ struct Interval {
 inline Interval seen_by(const Attention& c, Index b, Index i) {
   Index first = 0, last = c.keys, position = i + c.keys - c.rows;
   if (c.packed != nullptr) {
-    first = c.packed[i];
-    last = c.packed[c.rows + i];
+    first = most(first, c.packed[i]);
+    last = least(last, c.packed[c.rows + i]);
     position = i + c.packed[2 * c.rows + i];
   }
   if (c.causal) last = least(last, position + 1);

@@ -58,8 +58,8 @@ class Backward {
 
     NormSums<Vec<A>> total{};
     by_vectors<A>(width, [&](Index j, auto n) {
-      // zeros in b, a and x_t leave no trace of an n beyond the row's end
-      const Vec<A> v = normalised(read(x + j, n), mean, rstd);
+      // zeros in b, a and x_t leave no trace of what is beyond the row's end, unless it is infinite
+      const Vec<A> v = keep(normalised(read(x + j, n), mean, rstd), n);
       if constexpr (DUAL)
         add_norm_sums(total, v, read_if(x_t, j, n), read_if(a, j, n), read(b + j, n), read(w + j, n),
                       read_if(w_t, j, n));

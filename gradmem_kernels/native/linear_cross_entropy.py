@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradmem_kernels.native.common import DTYPES, address, launch, view
+from gradmem_kernels.checks import Checker
+from gradmem_kernels.native.common import DTYPES, address, is_cuda, launch, view
 from gradmem_kernels.native.common import refusal as refusal_of
 from gradmem_kernels.operators.linear_cross_entropy import LinearCrossEntropy, Rows
 
@@ -21,13 +22,27 @@ def refusal(hidden: Tensor | None = None, *_: Tensor | None) -> str | None:
 
 def _launch_forward(z: Tensor, z_t: Tensor | None, label: Tensor, a: Tensor | None, b: Tensor | None, wanted: bool,
                     row: Tensor, row_t: Tensor | None, lse: Tensor, mu: Tensor | None) -> None:
+    _check(label, z)
     arguments, _alive = _arguments(z, z_t, label, a, b, lse, mu)
     launch("cross_entropy_forward", z, {**arguments, "row": address(row), "row_t": address(row_t), "wanted": wanted})
 
 
 def _launch_backward(*tensors: Tensor | None) -> None:
+    _check(tensors[2], tensors[0])
     arguments, _alive = _arguments(*tensors)
     launch("cross_entropy_backward", tensors[0], arguments)
+
+
+def _check(label: Tensor, z: Tensor) -> None:
+    """Where labels had no values when the op was called, in a compiled graph or a transform of ``torch.func``, they are
+    looked at here: a kernel on a CPU would write elsewhere than in its row. One on CUDA gives NaN.
+    """
+    if is_cuda(z):
+        return
+    low, high = map(int, label.aminmax())
+    if low < 0 or high >= z.shape[1]:
+        Checker("linear_cross_entropy").fail("labels", f"values in 0 .. {z.shape[1] - 1}, or ignore_index",
+                                             low if low < 0 else high)
 
 
 def _arguments(z: Tensor, z_t: Tensor | None, label: Tensor, *stats: Tensor | None) -> tuple[dict[str, Any], Any]:
