@@ -178,6 +178,40 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
             rows(path, "kv", KVTokenizer("a1"))
 
 
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    for task, content in (("babi", STORY), ("squad", json.dumps(SQUAD)), ("jsonl", json.dumps(LINES[0])),
+                          ("text", "Ada went.")):
+        path = write(tmp_path / "data", content)
+        plain = rows(path, task)
+        path.write_text("\ufeff" + content.replace("\n", "\r\n"), encoding="utf-8", newline="")
+        assert rows(path, task) == plain, task
+
+
+class Words:
+    """A tokenizer of ``transformers``: a token for each word."""
+
+    eos_token_id, pad_token_id = 0, None
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join("x" * i for i in ids)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, PretrainedTokenizer(Words())])
+def test_half_a_surrogate_pair_is_refused_with_its_place(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "data", [LINES[0], {**LINES[1], "query": "ab\ud83d?"}])
+    with pytest.raises(DataError, match=r"data:2: .*got half a surrogate pair, '.ud83d', at position 2"):
+        rows(path, "jsonl", tokenizer)
+
+
+def test_contexts_without_a_token_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "data", [LINES[0], {**LINES[1], "context": " "}])
+    with pytest.raises(DataError, match=r"data:2: context: expected at least one token, got none"):
+        rows(path, "jsonl", PretrainedTokenizer(Words()))
+
+
 def test_json_lines_in_the_characters_of_keys_and_values(tmp_path: Path) -> None:
     tokenizer = KVTokenizer("0123456789abcxyz")
     path = write(tmp_path / "data", [*LINES, ""])

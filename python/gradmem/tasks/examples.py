@@ -31,7 +31,7 @@ def read_text(path: str | Path) -> str:
         DataError: if it cannot be read, is no UTF-8 or holds nothing but white space.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of the byte order
     except UnicodeDecodeError as reason:
         line = reason.object[: reason.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: cannot be read: expected UTF-8 text, got byte "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,11 +95,14 @@ def read_rows(path: str, tokenizer: Tokenizer, config: DataConfig) -> list[Row]:
     if config.task == "text":
         return _chunks(path, tokenizer, config.chunk_tokens)
     rows = []
+    encode = functools.lru_cache(1)(tokenizer.encode)  # a paragraph has several questions
     for example in _examples(path, config):
         try:
             target, counted = tokenizer.encode_target(example.target)
-            rows.append(Row(tokenizer.encode(example.context), tokenizer.encode(example.query), target, counted,
+            rows.append(Row(encode(example.context), tokenizer.encode(example.query), target, counted,
                             example.answers or (tokenizer.answer(target),)))
+            if not rows[-1].context:
+                raise ArgumentError("context: expected at least one token, got none")
         except ArgumentError as reason:
             raise DataError(f"{example.source}: {reason}") from reason
     if not rows:

@@ -61,13 +61,26 @@ class _WithEndToken:
         return self.decode(ids[: ids.index(self.end_id)] if self.end_id in ids else ids)
 
 
+def _utf8(tokenizer: str, text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as reason:  # JSON's escapes, and arguments of a command that are no UTF-8, can hold it
+        raise ArgumentError(f"{tokenizer}: text: expected whole characters, got half a surrogate pair, "
+                            f"{text[reason.start]!r}, at position {reason.start}") from reason
+
+
 class ByteTokenizer(_WithEndToken):
     """One token per byte of UTF-8: byte ``b`` is token ``b + 2``. Id 0 is padding, id 1 ends an answer."""
 
     pad_id, end_id, vocab_size = 0, 1, 258
 
     def encode(self, text: str) -> list[int]:
-        return [byte + 2 for byte in text.encode("utf-8")]
+        """The token ids.
+
+        Raises:
+            ArgumentError: for half a surrogate pair.
+        """
+        return [byte + 2 for byte in _utf8("ByteTokenizer", text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; padding and ends are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -98,6 +111,12 @@ class PretrainedTokenizer(_WithEndToken):
         return len(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
+        """The token ids.
+
+        Raises:
+            ArgumentError: for half a surrogate pair.
+        """
+        _utf8("PretrainedTokenizer", text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
