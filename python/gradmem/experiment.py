@@ -61,7 +61,8 @@ class TrainConfig(Config):
     log_every: int = option(20, "steps between lines of metrics", minimum=1)
     eval_every: int = option(500, "steps between evaluations on held-out contexts", minimum=1)
     eval_samples: int = option(512, "held-out contexts", minimum=1)
-    save_every: int = option(500, "steps between checkpoints", minimum=1)
+    save_every: int | None = option(None, "steps between checkpoints (default: after each step, or less often so that "
+                                          "saving takes a twentieth of the time)", minimum=1)
     cuda_graphs: str = option("auto", "capture steps into CUDA graphs; auto: on CUDA, up to 100 M parameters",
                               choices=("auto", "on", "off"))
     parallel: str = option("ddp", "of several processes, started with torchrun: each has all of the model, or a part",

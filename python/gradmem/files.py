@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradmem.errors import GradMemError
 
-__all__ = ["load_about", "load_tensors", "replacing", "save_tensors"]
+__all__ = ["load_about", "load_tensors", "remove_leftovers", "replacing", "save_tensors"]
 
 _KEY = "gradmem"  # of the description in the safetensors metadata
 _MAX_HEADER = 100_000_000  # bytes, the limit of the format
@@ -39,6 +39,12 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes what processes left beside ``path`` that were killed while they replaced it; none may be at it now."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, kind: str, version: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

@@ -29,9 +29,9 @@ class MetricsLog:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         self.path, self._kept = path, kept
 
-    def last(self, name: str, default: Any) -> Any:
-        """The newest value of ``name`` among the entries that were kept, or ``default``."""
-        return next((entry[name] for entry in reversed(self._kept) if name in entry), default)
+    def last(self, name: str) -> dict[str, Any]:
+        """The newest entry with ``name`` among those that were kept; empty where there is none."""
+        return next((entry for entry in reversed(self._kept) if name in entry), {})
 
     def append(self, entry: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from gradmem.checkpoint import Checkpoint, TrainState
 from gradmem.errors import CheckpointError, NonFiniteError
 from gradmem.evaluation import evaluate
 from gradmem.experiment import Experiment, TrainConfig
+from gradmem.files import remove_leftovers
 from gradmem.graphs import GraphedStep, graphs_wanted
 from gradmem.metrics import MetricsLog
 from gradmem.ranks import Ranks
@@ -33,6 +34,9 @@ __all__ = ["CHECKPOINT", "METRICS", "Trainer", "learning_rate"]
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 
 OnStep = Callable[[TrainState, dict[str, Any]], None]
+_T = TypeVar("_T")
+
+_SAVING = 19  # times as long as saving takes, the run goes on before the next checkpoint, if nothing else is asked for
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -90,9 +94,18 @@ class Trainer:
             GraphedStep(self.model, self.optimizer, grad_clip=self.config.grad_clip) if self.graphs
             else functools.partial(meta_step, called, self.optimizer, grad_clip=self.config.grad_clip))
         self.directory.mkdir(parents=True, exist_ok=True)
+        if self.ranks.rank == 0:
+            for name in (CHECKPOINT, METRICS):
+                remove_leftovers(self.directory / name)
         self.metrics = MetricsLog(self.directory / METRICS, self.state.step) if self.ranks.rank == 0 else None
         #: seconds of the steps so far, those before an interruption included as far as metrics were logged
-        self.elapsed: float = 0.0 if self.metrics is None else self.metrics.last("elapsed", 0.0)
+        self.elapsed: float = 0.0
+        self._evaluated = 0  # the newest step with an evaluation
+        if self.metrics is not None:
+            self.elapsed = self.metrics.last("elapsed").get("elapsed", 0.0)
+            self._evaluated = self.metrics.last("held_out_loss").get("step", 0)
+        self._evaluated = self._of_first(self._evaluated)
+        self._saved = self._saving = 0.0  # when the last checkpoint was saved, and how long that took
 
     @classmethod
     def resume(cls, directory: str | Path, options: Mapping[str, Any], device: torch.device | str = "cpu") -> Trainer:
@@ -108,7 +121,8 @@ class Trainer:
         """Trains to the end. ``on_step(state, entry)`` hears of every step and its metrics.
 
         After SIGINT or SIGTERM the step is finished and a checkpoint saved; a second one interrupts at once. (Signals
-        are only caught in the main thread.)
+        are only caught in the main thread.) There is a checkpoint from the beginning, so that a run that is killed goes
+        on from its last one.
 
         Returns:
             The signal that stopped the run, or ``None``.
@@ -117,8 +131,10 @@ class Trainer:
             NonFiniteError: if a loss or its gradient is not finite; weights and last checkpoint stay.
         """
         state, config = self.state, self.config
-        first, stopped = state.step, None
+        stopped = None
         with _signals() as caught:
+            if state.step == 0:
+                self.save()
             while state.step < config.max_steps and not self._good_enough() and not (stopped := self._agreed(caught)):
                 with named_range("train step", state.step):
                     entry = self._step()
@@ -126,27 +142,35 @@ class Trainer:
                     self._log(entry)
                 if state.step % config.eval_every == 0:
                     self._evaluate()
-                if state.step % config.save_every == 0:
+                if self._save_is_due():
                     self.save()
                 if on_step is not None:
                     on_step(state, entry)
             stopped = stopped or self._agreed(caught)
-            if stopped is None and state.step > first and state.step % config.eval_every:
+            if stopped is None and self._evaluated != state.step:
                 self._evaluate()
+                stopped = self._agreed(caught)
             self.save()
             return stopped
 
     def save(self) -> None:
+        """Replaces the checkpoint in ``directory``; of several processes, all call it."""
+        started = time.perf_counter()
         Checkpoint.save(self.directory / CHECKPOINT, self.experiment, self.state, self.model, self.optimizer)
+        self._saved = time.perf_counter()
+        self._saving = self._saved - started
+
+    def _save_is_due(self) -> bool:
+        if self.config.save_every is not None:
+            return self.state.step % self.config.save_every == 0
+        return bool(self._largest(time.perf_counter() - self._saved >= _SAVING * self._saving))
 
     def _resolve_recompute(self) -> None:
         """Puts what ``recompute="auto"`` stands for here into the configuration, which checkpoints hold."""
         size = -(-self.config.batch_size // self.ranks.world)
         contexts = torch.zeros(size, self.task.longest_context, dtype=torch.int64, device=self.device)
-        answer = [self.model.resolve_recompute(contexts)]
-        if self.ranks.world > 1:  # machines may have unlike memory
-            dist.broadcast_object_list(answer, src=0)
-        resolved = dataclasses.replace(self.experiment.gradmem, recompute=answer[0])
+        answer = self._of_first(self.model.resolve_recompute(contexts))  # machines may have unlike memory
+        resolved = dataclasses.replace(self.experiment.gradmem, recompute=answer)
         self.experiment = dataclasses.replace(self.experiment, gradmem=resolved)
         self.model.config = resolved
 
@@ -163,12 +187,24 @@ class Trainer:
 
     def _agreed(self, caught: Sequence[signal.Signals]) -> signal.Signals | None:
         """The signal that stops the run: one that any process caught stops all, before the same step."""
-        number = caught[0].value if caught else 0
-        if self.ranks.world > 1:
-            found = torch.tensor(number, device=self.device)
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-            number = int(found)
+        number = self._largest(caught[0].value if caught else 0)
         return signal.Signals(number) if number else None
+
+    def _largest(self, number: int) -> int:
+        """The largest ``number`` of all processes."""
+        if self.ranks.world == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def _of_first(self, value: _T) -> _T:
+        """The ``value`` that the first process has."""
+        if self.ranks.world == 1:
+            return value
+        answer = [value]
+        dist.broadcast_object_list(answer, src=0)
+        return answer[0]
 
     def _good_enough(self) -> bool:
         return (self.config.stop_at is not None and self.state.level == self.task.levels
@@ -225,6 +261,7 @@ class Trainer:
         self._log({"step": self.state.step, "held_out_loss": result.loss,
                    "held_out_exact_match": result.exact_match,
                    "held_out_token_accuracy": result.token_accuracy})
+        self._evaluated = self.state.step
 
     def _gathered(self) -> contextlib.AbstractContextManager[None]:
         if self.ranks.world == 1:

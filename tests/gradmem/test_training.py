@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from gradmem import (
@@ -25,6 +30,7 @@ from gradmem import (
     Trainer,
     evaluate,
 )
+from gradmem.checkpoint import TrainState
 from gradmem.metrics import MetricsLog, plot, read_metrics
 from gradmem.training import CHECKPOINT, METRICS, learning_rate
 from gradmem_kernels import ArgumentError
@@ -78,7 +84,7 @@ def test_resume_continues_bit_for_bit(options: Options, tmp_path: Path, extra: O
     whole.run()
 
     parts = Trainer(experiment, tmp_path / "parts")
-    for stop in (2, 3):
+    for stop in (2, 3, 6):  # the last one before the evaluation at the end
         assert parts.run(lambda state, _, stop=stop: os.kill(os.getpid(), signal.SIGINT)
                          if state.step == stop else None) == signal.SIGINT
         assert parts.state.step == stop
@@ -91,6 +97,92 @@ def test_resume_continues_bit_for_bit(options: Options, tmp_path: Path, extra: O
     times = {"seconds": 0, "elapsed": 0}
     assert [e | times for e in read_metrics(tmp_path / "parts" / METRICS)] == [
         e | times for e in read_metrics(tmp_path / "whole" / METRICS)]
+
+
+def _killed(work: Callable[[], object]) -> None:
+    """Runs ``work`` in a process that kills itself in the midst of it."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _kill(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("every", [1, None, 3])
+def test_sigkill_loses_what_no_checkpoint_has_and_nothing_is_changed(options: Options, tmp_path: Path,
+                                                                     every: int | None) -> None:
+    """Within a step, a save and an evaluation, the first and the last ones too."""
+    experiment = Experiment.from_options({**options, "save_every": every})
+    Trainer(experiment, tmp_path / "whole").run()
+    out = tmp_path / "parts"
+
+    def run(name: str, count: int) -> Callable[[], object]:
+        def work() -> None:
+            trainer = Trainer.resume(out, {}) if (out / CHECKPOINT).exists() else Trainer(experiment, out)
+            calls, original = itertools.count(1), getattr(trainer, name)
+            setattr(trainer, name, lambda *args: _kill() if next(calls) == count else original(*args))
+            trainer.run()
+
+        return work
+
+    def die_in_save() -> None:
+        safetensors.torch.save_file = lambda tensors, path, _: (path.write_bytes(b"half"), _kill())
+        Trainer.resume(out, {}).run()
+
+    steps = []
+    for work in (run("_take_step", 1), run("_take_step", 3), die_in_save, run("_take_step", 4), run("_evaluate", 1)):
+        _killed(work)
+        steps.append(Checkpoint.load(out / CHECKPOINT).state.step)
+    if every == 1:
+        assert steps == [0, 2, 2, 5, 6]  # all but the step in flight
+    Trainer.resume(out, {}).run()
+    assert (out / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+    times = {"seconds": 0, "elapsed": 0}
+    assert [e | times for e in read_metrics(out / METRICS)] == [
+        e | times for e in read_metrics(tmp_path / "whole" / METRICS)]
+    assert sorted(os.listdir(out)) == [CHECKPOINT, METRICS], "half a checkpoint was left"
+
+
+def test_checkpoints_take_a_twentieth_of_the_time(options: Options, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    saved: list[int] = []
+
+    def save(path: Path, experiment: Experiment, state: TrainState, *_: Any) -> None:
+        saved.append(state.step)
+        clock[0] += 1.0
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    trainer = Trainer(Experiment.from_options({**options, "max_steps": 50, "save_every": None}), tmp_path)
+    step = trainer._step
+
+    def slow() -> dict[str, Any]:
+        clock[0] += 1.0
+        return step()
+
+    monkeypatch.setattr(trainer, "_step", slow)
+    trainer.run()
+    assert saved == [0, 19, 38, 50]
+
+
+def test_a_signal_in_the_last_evaluation_is_heard(experiment: Experiment, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(experiment, tmp_path)
+
+    def interrupted(*args: Any) -> Any:
+        if trainer.state.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr("gradmem.training.evaluate", interrupted)
+    assert trainer.run() == signal.SIGTERM
+    entries = read_metrics(tmp_path / METRICS)
+    assert Trainer.resume(tmp_path, {}).run() is None
+    assert read_metrics(tmp_path / METRICS) == entries  # that evaluation is not done again
 
 
 def test_recompute_is_resolved_once_and_kept(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
