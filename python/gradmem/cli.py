@@ -142,32 +142,41 @@ def write(
         "--input", help="JSON lines, each with context (a text) or context_ids, and an id: all are written")] = None,
     steps: Annotated[Optional[int], typer.Option(  # noqa: UP045
         help="inner steps (default: as trained)")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="of --input: contexts written at once")] = 16,
+    batch_size: Annotated[Optional[int], typer.Option(  # noqa: UP045
+        min=1, help="of --input: contexts written at once (default: 16)")] = None,
     max_tokens: Annotated[Optional[int], typer.Option(  # noqa: UP045
         min=1, help="of --input: longer contexts fail (default: what the model can read)")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="of --input: stop at the first record that "
                                                                 "fails")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="of --input: try records again that an earlier "
+                                                                      "run could not write")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Write a context into a memory file, or a corpus into a folder of memories.
 
     A corpus may be written by several processes, started with torchrun. After an interruption the same command goes
-    on. Records that cannot be written are listed in failures.jsonl, and the exit status is 1 then.
+    on. Records that cannot be written are listed in failures.jsonl, and the exit status is 1 then; --retry-failed tries
+    them again.
     """
     if (context is None) == (corpus is None):
         raise DataError(f"expected one of --context and --input, got {'neither' if context is None else 'both'}")
+    of_input = {"--batch-size": batch_size, "--max-tokens": max_tokens, "--fail-fast": fail_fast or None,
+                "--retry-failed": retry_failed or None}
+    for name, value in of_input.items():
+        if corpus is None and value is not None:
+            raise DataError(f"{name}: expected none with --context, got {value}; it is an option of --input")
     loaded = Checkpoint.load(checkpoint)
     model = loaded.model(_device(device))
     tokenizer = loaded.experiment.make_tokenizer()
     if corpus is not None:
-        status = run_write_corpus(model, corpus, output, tokenizer, batch_size=batch_size, max_tokens=max_tokens,
-                                  steps=steps, fail_fast=fail_fast)
+        status = run_write_corpus(model, corpus, output, tokenizer, batch_size=16 if batch_size is None else batch_size,
+                                  max_tokens=max_tokens, steps=steps, fail_fast=fail_fast, retry_failed=retry_failed)
         raise typer.Exit(status)
     assert context is not None
     if not output.parent.is_dir():
         raise DataError(f"{output}: its directory does not exist")
     try:
-        text = sys.stdin.read() if str(context) == "-" else context.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(context) == "-" else context.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as reason:
         raise DataError(f"{context}: not a text file: {reason}") from reason
     ids = tokenizer.encode(text.removesuffix("\n"))
@@ -273,6 +282,8 @@ def reproduce_kv(
     preset, console = PRESETS[config.preset], Console()
     cells = select(preset, method or [], inner_steps or [], pairs or [], seed or [])
     file, stopped = results or out / "rows.jsonl", None
+    if page is not None:  # before days of training
+        replace_generated(page, preset, read_rows(file))
     if run:
         stopped = run_cells(config, cells, _device(config.device), out, file, console)
     rows = read_rows(file)

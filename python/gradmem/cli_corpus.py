@@ -23,7 +23,7 @@ __all__ = ["find_memory", "run_write_corpus"]
 
 
 def run_write_corpus(model: GradMem, corpus: Path, folder: Path, tokenizer: Tokenizer, *, batch_size: int,
-                     max_tokens: int | None, steps: int | None, fail_fast: bool) -> int:
+                     max_tokens: int | None, steps: int | None, fail_fast: bool, retry_failed: bool) -> int:
     """Writes ``corpus`` with a progress bar and a summary by the first process; returns the exit status.
 
     That is 1 where the corpus is complete and some record failed. A process that ends before others must not return it:
@@ -32,12 +32,14 @@ def run_write_corpus(model: GradMem, corpus: Path, folder: Path, tokenizer: Toke
     ranks, console = Ranks.here(), Console()
     with _progress(console, folder, ranks) as on_batch:
         written = write_corpus(model, corpus, folder, tokenizer=tokenizer, batch_size=batch_size, max_tokens=max_tokens,
-                               steps=steps, fail_fast=fail_fast, ranks=ranks, on_batch=on_batch)
+                               steps=steps, fail_fast=fail_fast, retry_failed=retry_failed, ranks=ranks,
+                               on_batch=on_batch)
     if ranks.rank == 0 or written.complete:
-        failed = f", {len(written.failures)} failed: see {folder / FAILURES}" if written.failures else ""
-        waiting = "" if written.complete else "; other processes are still writing"
-        console.print(f"{folder}: {len(written)} memories{failed}{waiting}", highlight=False, markup=False,
-                      soft_wrap=True)
+        failed = f", {len(written.failures)} failed" if written.failures else ""
+        see = f": see {folder / FAILURES}" if written.failures else ""
+        console.print(f"{folder}: {len(written)} memories{failed}"
+                      f"{see if written.complete else '; other processes are still writing'}", highlight=False,
+                      markup=False, soft_wrap=True)
     return 1 if written.complete and written.failures else 0
 
 

@@ -76,18 +76,25 @@ class Shard:
 
     Attributes:
         ids: of its memories, in order.
+        contexts: of these, as :func:`gradmem.memory.context_hash` has them.
         failures: records of its batch that have no memory; in the first shard of a window, those too that were refused.
         lines: of the corpus in its window.
         batches: of its window.
+        attempts: how often what failed was tried.
     """
 
     ids: tuple[str, ...]
+    contexts: tuple[str, ...]
     failures: tuple[Failure, ...]
     lines: int
     batches: int
+    attempts: int = 1
 
     def about(self) -> dict[str, Any]:
-        return {"shard": {"ids": self.ids, "failures": self.failures, "lines": self.lines, "batches": self.batches}}
+        """What the provenance of its memories does not say."""
+        values = dataclasses.asdict(self)
+        del values["contexts"]
+        return {"shard": values}
 
     @classmethod
     def load(cls, path: Path) -> Shard:
@@ -97,9 +104,10 @@ class Shard:
         """
         about = load_about(path, KIND, VERSION, MemoryFileError)
         try:
-            shard = about["shard"]
-            return cls(tuple(shard["ids"]), tuple(Failure(*failure) for failure in shard["failures"]),
-                       shard["lines"], shard["batches"])
+            values = about["shard"]
+            values["ids"] = tuple(values["ids"])
+            values["failures"] = tuple(Failure(*failure) for failure in values["failures"])
+            return cls(contexts=tuple(entry["context"] for entry in about["provenance"]), **values)
         except (KeyError, TypeError) as reason:
             raise MemoryFileError(f"{path}: expected a shard of a corpus, got another memory file") from reason
 
@@ -112,12 +120,13 @@ class MemoryCorpus:
     Args:
         folder: where they are.
         model: to read them with: they come to its device, and must have been written by it.
+        attempts: how often what failed must have been tried before nothing is left to do.
 
     Raises:
         MemoryFileError: if ``folder`` is not such a folder, a shard is damaged, or it is of another model.
     """
 
-    def __init__(self, folder: str | Path, model: GradMem | None = None) -> None:
+    def __init__(self, folder: str | Path, model: GradMem | None = None, *, attempts: int = 1) -> None:
         self.folder, self.model = Path(folder), model
         self.manifest = Manifest.load(self.folder)
         if model is not None and model.fingerprint() != self.manifest.model:
@@ -126,18 +135,23 @@ class MemoryCorpus:
                 f"{model.fingerprint()[:12]}; a memory is only readable by the weights that wrote it")
         self._places: dict[str, tuple[Path, int]] = {}
         found: list[Failure] = []
+        tried: list[int] = []
         windows: dict[str, tuple[int, int, int]] = {}  # lines, batches, shards that are there
         for path in sorted(self.folder.glob("memories-*.safetensors")):
             shard = Shard.load(path)
             self._places.update({name: (path, row) for row, name in enumerate(shard.ids)})
             found += shard.failures
+            tried += [shard.attempts] if shard.failures else []
             window = path.name.rpartition("-")[0]
             windows[window] = shard.lines, shard.batches, windows.get(window, (0, 0, 0))[2] + 1
         #: records that have no memory, in the order of the corpus
         self.failures: tuple[Failure, ...] = tuple(sorted(found))
+        #: how often each of them was tried, at least; 0 where there are none
+        self.attempts: int = min(tried, default=0)
         whole = all(batches == there for _, batches, there in windows.values())
-        #: whether every record of the corpus was written or is among the failures
-        self.complete: bool = whole and sum(lines for lines, _, _ in windows.values()) == self.manifest.lines
+        #: whether every record of the corpus was written, or is among the failures and was tried often enough
+        self.complete: bool = (whole and sum(lines for lines, _, _ in windows.values()) == self.manifest.lines
+                               and (not found or self.attempts >= attempts))
 
     def __len__(self) -> int:
         return len(self._places)

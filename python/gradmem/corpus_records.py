@@ -67,30 +67,41 @@ class Records:
         self.path, self.tokenizer, self.vocab_size = Path(path), tokenizer, vocab_size
         self.batch_size, self.max_tokens = batch_size, max_tokens
         digest, self.lines = hashlib.sha256(), 0
+        self._digests: list[bytes] = []  # of each window
         try:
-            with open(path, "rb") as file:
-                for line in file:
-                    digest.update(line)
-                    self.lines += 1
+            for lines in self._parts():
+                self._digests.append(_digest(lines))
+                digest.update(b"".join(lines))
+                self.lines += len(lines)
         except OSError as reason:
             raise DataError(f"{path}: cannot be read: {reason.strerror or reason}") from reason
         self.digest = digest.hexdigest()
 
     def windows(self) -> Iterator[Window]:
-        """The windows in order; only one is held at a time, beside all ids."""
-        seen: set[str] = set()
-        with open(self.path, "rb") as file:
-            numbered = enumerate(file, 1)
-            for number in itertools.count():
-                lines = list(itertools.islice(numbered, self.batch_size * BATCHES))
-                if not lines:
-                    return
-                yield self._window(number, lines, seen)
+        """The windows in order; only one is held at a time, beside all ids.
 
-    def _window(self, number: int, lines: Sequence[tuple[int, bytes]], seen: set[str]) -> Window:
+        Raises:
+            DataError: if the file is no longer what it was, before anything of the change is given out.
+        """
+        seen: set[str] = set()
+        first = 1
+        for number, (before, lines) in enumerate(itertools.zip_longest(self._digests, self._parts(), fillvalue=None)):
+            if lines is None or _digest(lines) != before:
+                raise DataError(f"{self.path}: expected the corpus as it was when this run began, got another from "
+                                f"line {first} on; leave it as it is, or write a copy of it")
+            yield self._window(number, first, lines, seen)
+            first += len(lines)
+
+    def _parts(self) -> Iterator[list[bytes]]:
+        """The lines of each window."""
+        with open(self.path, "rb") as file:
+            while lines := list(itertools.islice(file, self.batch_size * BATCHES)):
+                yield lines
+
+    def _window(self, number: int, first: int, lines: Sequence[bytes], seen: set[str]) -> Window:
         records: list[Record] = []
         failures: list[Failure] = []
-        for line, text in lines:
+        for line, text in enumerate(lines, first):
             if not text.strip():
                 continue
             found = self._record(line, text, seen)
@@ -140,9 +151,13 @@ class Records:
         return ids
 
 
+def _digest(lines: Sequence[bytes]) -> bytes:
+    return hashlib.sha256(b"".join(lines)).digest()
+
+
 def _parse(text: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(text.decode("utf-8"))
+        entry = json.loads(text.decode("utf-8-sig"))  # some editors begin a file with a mark of the byte order
     except UnicodeDecodeError as reason:
         raise DataError(f"not UTF-8: byte {reason.object[reason.start]:#x} at position {reason.start}") from reason
     except (ValueError, RecursionError) as reason:

@@ -30,6 +30,7 @@ from gradmem.cli import app
 from gradmem.corpus import FAILURES, MANIFEST
 from gradmem.experiment import Experiment
 from gradmem.ranks import Ranks
+from gradmem.tasks import ByteTokenizer, KVTokenizer
 from gradmem.training import CHECKPOINT
 from gradmem_kernels import ArgumentError
 
@@ -84,13 +85,14 @@ def test_failures_are_kept_record_by_record(make_model: Callable[..., GradMem], 
            ({"id": "d", "context_ids": [VOCAB]}, "d", f"token ids in 0..{VOCAB - 1}, got {VOCAB}"),
            ({"id": "e", "context_ids": [-1]}, "e", "got -1"), ({"id": "f", "context_ids": [True]}, "f", "integers"),
            (good, "good", "no earlier record has"), ({"id": [], "context_ids": [1]}, None, "id: expected a string"),
-           ({"id": "g", "context": "text"}, "g", "no tokenizer")]
+           ({"id": "g", "context": "text"}, "g", "no tokenizer"),
+           ('{"id": "h", "context_ids": [1' + "0" * 5000 + "]}\n", None, "not JSON")]
     corpus = corpus_file(tmp_path / "c", [good, "\n", *(record for record, _, _ in bad), {"context_ids": [4]}])
     corpus.write_bytes(corpus.read_bytes() + b"\xff\n")
     written = write_corpus(make_model(), corpus, tmp_path / "out", max_tokens=8)
-    assert list(written) == ["14", "good"]  # by length; without an id, the line
+    assert list(written) == ["15", "good"]  # by length; without an id, the line
     assert [(f.line, f.id) for f in written.failures] == [*((i, name) for i, (_, name, _) in enumerate(bad, 3)),
-                                                          (15, None)]
+                                                          (16, None)]
     for failure, (_, _, reason) in zip(written.failures, [*bad, (0, 0, "not UTF-8: byte 0xff")], strict=True):
         assert reason in failure.reason
     lines = (tmp_path / "out" / FAILURES).read_text().splitlines()
@@ -104,6 +106,19 @@ def test_failures_are_kept_record_by_record(make_model: Callable[..., GradMem], 
     nothing = write_corpus(make_model(), corpus, tmp_path / "nothing")
     assert nothing.complete
     assert (len(nothing), len(nothing.failures)) == (0, 1)
+
+
+def test_texts_are_taken_as_editors_and_escapes_make_them(make_model: Callable[..., GradMem], tmp_path: Path) -> None:
+    """A mark of the byte order, ends of lines with a carriage return, characters of any script, half a character."""
+    corpus, tokenizer = tmp_path / "c\u00e9", ByteTokenizer()
+    lines = ['{"id": "\u00fc", "context": "\\u0001\\u0002"}', " ", '{"id": "half", "context": "\\ud800"}',
+             '\ufeff{"id": "\\ud800", "context": "\\u0003"}']
+    corpus.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    written = write_corpus(make_model(), corpus, tmp_path / "out\u00e9", tokenizer=tokenizer)
+    assert sorted(written) == ["\u00fc", "\ud800"]
+    (failure,) = written.failures
+    assert (failure.line, failure.id) == (3, "half")
+    assert "expected whole characters, got half a surrogate pair, '\\ud800', at position 0" in failure.reason
 
 
 def test_a_memory_that_is_not_finite_fails_alone(make_model: Callable[..., GradMem], tmp_path: Path) -> None:
@@ -137,6 +152,112 @@ def test_what_a_batch_is_too_large_for_is_written_alone(make_model: Callable[...
     assert {f.reason for f in written.failures} == {"out of memory"}
 
 
+@pytest.mark.parametrize(("reason", "said"), [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (MemoryError("no room"), True), (RuntimeError("a fault of ours"), False)])
+def test_what_the_cpu_has_no_room_for_fails_alone(make_model: Callable[..., GradMem], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch, reason: Exception,
+                                                  said: bool) -> None:
+    model = make_model()
+    monkeypatch.setattr(model, "write", lambda *_, **__: (_ for _ in ()).throw(reason))
+    corpus = corpus_file(tmp_path / "c", random_records(3))
+    if said:
+        written = write_corpus(model, corpus, tmp_path / "out")
+        assert [f.reason for f in written.failures] == [str(reason)] * 3
+    else:
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            write_corpus(model, corpus, tmp_path / "out")
+
+
+def too_long_for(model: GradMem, monkeypatch: pytest.MonkeyPatch, longest: int) -> list[list[int]]:
+    """Makes ``model`` run out of memory beyond ``longest`` tokens; hears of the lengths that it writes."""
+    write, heard = GradMem.write.__get__(model), []
+
+    def small(ids: torch.Tensor, *, context_lengths: torch.Tensor, **options: Any) -> Memory:
+        if context_lengths.max() > longest:
+            raise torch.OutOfMemoryError("out of memory")
+        heard.append(context_lengths.tolist())
+        return write(ids, context_lengths=context_lengths, **options)
+
+    monkeypatch.setattr(model, "write", small)
+    return heard
+
+
+def test_what_failed_is_tried_again_when_asked(make_model: Callable[..., GradMem], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = make_model(), tmp_path / "out"
+    records = [{"id": n, "context_ids": [1] * n} for n in range(1, 9)]
+    corpus = corpus_file(tmp_path / "c", [*records, "oops\n"])
+    options: dict[str, Any] = {"batch_size": 2}
+    too_long_for(model, monkeypatch, 3)
+    first = write_corpus(model, corpus, out, **options)
+    assert (sorted(first), first.attempts) == (["1", "2", "3"], 1)
+    third_record = first["3"].tensor
+    heard = too_long_for(model, monkeypatch, 6)
+    assert len(write_corpus(model, corpus, out, **options)) == 3
+    assert heard == [], "records were tried again unasked"
+    before = files(out)
+    second = write_corpus(model, corpus, out, retry_failed=True, **options)
+    assert heard == [[4], [5, 6]]  # nothing that has a memory
+    assert (sorted(second), second.attempts, second.complete) == (["1", "2", "3", "4", "5", "6"], 2, True)
+    assert [f.id for f in second.failures] == ["7", "8", None]
+    assert len((out / FAILURES).read_text().splitlines()) == 3
+    assert torch.equal(second["3"].tensor, third_record)
+    assert [name for name, content in files(out).items() if before[name] == content] == [MANIFEST]
+    heard = too_long_for(model, monkeypatch, 9)
+    third = write_corpus(model, corpus, out, retry_failed=True, **options)
+    assert heard == [[7, 8]]
+    assert len(third) == 8
+    whole = write_corpus(model, corpus, tmp_path / "whole", **options)
+    for name in whole:
+        torch.testing.assert_close(third[name].tensor, whole[name].tensor, rtol=1e-10, atol=1e-10)
+        assert third[name].provenance == whole[name].provenance
+
+
+def test_ranks_try_again_what_is_theirs(make_model: Callable[..., GradMem], tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to end leaves the exit status and the list of failures to the last, also where it begins late."""
+    model, out = make_model(), tmp_path / "out"
+    corpus = corpus_file(tmp_path / "c", [{"id": n, "context_ids": [1] * n} for n in range(1, 9)])
+    too_long_for(model, monkeypatch, 0)
+    options: dict[str, Any] = {"batch_size": 2}
+    assert len(write_corpus(model, corpus, out, **options)) == 0
+    old = (out / FAILURES).read_text()
+    heard = too_long_for(model, monkeypatch, 5)
+    early = write_corpus(model, corpus, out, retry_failed=True, ranks=Ranks(0, 2), **options)
+    assert (heard, early.complete) == ([[1, 2], [5]], False)
+    assert (out / FAILURES).read_text() == old
+    heard.clear()
+    late = write_corpus(model, corpus, out, retry_failed=True, ranks=Ranks(1, 2), **options)
+    assert (heard, late.complete, late.attempts) == ([[3, 4]], True, 2)
+    assert sorted(late) == ["1", "2", "3", "4", "5"]
+    assert len((out / FAILURES).read_text().splitlines()) == 3
+
+
+def test_a_corpus_that_changes_meanwhile_is_refused(make_model: Callable[..., GradMem], tmp_path: Path) -> None:
+    """Before anything of the change is written, so that the folder goes on with the corpus as it was."""
+    records = [{**record, "note": "x" * 20_000} for record in random_records(40)]  # more than a file's buffer
+    corpus, out = corpus_file(tmp_path / "c", records), tmp_path / "out"
+    before = corpus.read_text()
+    for after in (before.replace('"doc-35"', '"doc-5x"'), before + '{"context_ids": [1]}\n',
+                  "".join(before.splitlines(True)[:32])):
+        corpus.write_text(before)
+        with pytest.raises(DataError, match=r"as it was when this run began, got another from line 33 on"):
+            write_corpus(make_model(), corpus, out, batch_size=1,
+                         on_batch=lambda *_, after=after: corpus.write_text(after))
+        assert len(MemoryCorpus(out)) == 32
+    corpus.write_text(before)
+    assert write_corpus(make_model(), corpus, out, batch_size=1).complete
+
+
+def test_another_tokenizer_is_refused(make_model: Callable[..., GradMem], tmp_path: Path) -> None:
+    corpus = corpus_file(tmp_path / "c", [{"id": "a", "context": "xyz"}, {"id": "b", "context": "xy"}])
+    write_corpus(make_model(), corpus, tmp_path / "out", tokenizer=KVTokenizer("xyz"))
+    with pytest.raises(MemoryFileError, match=r"memory of 'b': expected one of the record's token ids, got one of"):
+        write_corpus(make_model(), corpus, tmp_path / "out", tokenizer=KVTokenizer("zyx"))
+    assert write_corpus(make_model(), corpus, tmp_path / "out", tokenizer=KVTokenizer("xyz")).complete
+
+
 def test_contexts_fill_the_learned_positions_and_no_more(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -154,15 +275,16 @@ def test_contexts_fill_the_learned_positions_and_no_more(tmp_path: Path) -> None
 def test_ranks_share_the_work_and_write_the_same_files(make_model: Callable[..., GradMem], tmp_path: Path) -> None:
     corpus = corpus_file(tmp_path / "c", [*random_records(40), "oops\n"])
     options: dict[str, Any] = {"batch_size": 2, "max_tokens": 9}
-    write_corpus(make_model(), corpus, tmp_path / "one", **options)
+    written = write_corpus(make_model(), corpus, tmp_path / "one", **options)
     heard: list[list[int]] = [[], []]
-    for rank in (1, 0):
+    for rank in (0, 1):
         parts = write_corpus(make_model(), corpus, tmp_path / "two", ranks=Ranks(rank, 2), **options,
                              on_batch=lambda n, failures, done, rank=rank: heard[rank].append(n))
-        assert parts.complete == (rank == 0)
-        if rank:
+        assert parts.complete == (rank == 1)
+        assert (tmp_path / "two" / FAILURES).exists() == parts.complete
+        if not parts.complete:
             with pytest.raises(MemoryFileError, match="not written yet"):
-                parts[next(f"doc-{i}" for i in range(8) if f"doc-{i}" not in parts)]
+                parts[next(name for name in written if name not in parts)]
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert abs(len(heard[0]) - len(heard[1])) <= 1
 
@@ -245,6 +367,9 @@ def test_the_command_writes_a_corpus_and_reads_a_record(checkpoint: Path, tmp_pa
     assert f"20 memories, 1 failed: see {tmp_path / 'other' / FAILURES}" in result.output
     for arguments, message in (
             (("write", checkpoint, "-o", out), "expected one of --context and --input, got neither"),
+            (("write", checkpoint, "--context", corpus, "-o", out, "--batch-size", 16),
+             "--batch-size: expected none with --context, got 16; it is an option of --input"),
+            (("write", checkpoint, "--context", corpus, "-o", out, "--retry-failed"), "--retry-failed: expected none"),
             (("write", checkpoint, "--input", corpus, "-o", out), "made otherwise: corpus: then"),
             (("write", checkpoint, "--input", corpus, "-o", tmp_path / "fast", "--fail-fast"), "got '9' at position 1"),
             (("read", checkpoint, out, "--query", "?"), "--id: expected the id of a record"),
