@@ -191,10 +191,12 @@ def test_padding_to_a_bucket_changes_nothing(options: dict[str, Any], writer: st
 
 @pytest.mark.parametrize(("writer", "values"), [
     ("forward", {"steps": 1}), ("forward", {"write_head": True}), ("context", {"inner_loss_weight": 0.5}),
-    ("context", {"control_tokens": 1}), ("context", {"memory_projection": "shared"})])
+    ("context", {"control_tokens": 1}), ("context", {"memory_projection": "shared"}), ("forward", {"inner_lr": 0.1}),
+    ("context", {"inner_clip_norm": 1.0}), ("forward", {"order": "first"}), ("context", {"freeze_backbone": True}),
+    ("forward", {"write_lora_rank": 2}), ("forward", {"memory_projection": "per_sample"})])
 def test_options_that_a_writer_does_not_read_are_refused(options: dict[str, Any], writer: str,
                                                          values: dict[str, Any]) -> None:
     (name, value), = values.items()
-    del options["steps"]
+    del options["steps"], options["inner_lr"]
     with pytest.raises(ArgumentError, match=rf"GradMemConfig: {name}: expected .* where the writer is '{writer}'"):
         Experiment.from_options({**options, "writer": writer, name: value})

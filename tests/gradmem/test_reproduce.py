@@ -19,8 +19,10 @@ from gradmem.cli import app
 from gradmem.metrics import read_metrics
 from gradmem.provenance import Provenance
 from gradmem.reproduce import PRESETS, Cell, Preset, Row, append_row, markdown, read_rows, replace_generated
+from gradmem.reproduce import rows as reproduce_rows
 from gradmem.reproduce.command import select
 from gradmem.reproduce.presets import PAPER, SMALL
+from gradmem.reproduce.run import is_done
 from gradmem.training import CHECKPOINT, METRICS
 from gradmem_kernels import ArgumentError
 
@@ -284,6 +286,44 @@ def test_rows_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
         read_rows(path)
 
 
+def test_rows_that_several_commands_add_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adds its row while the other looks where to put its own."""
+    path, rows = tmp_path / "rows.jsonl", [make_row("none", 1, 1, seed=seed) for seed in range(3)]
+    append_row(path, rows[0])
+    original = reproduce_rows._whole_lines
+
+    def looks(file: Path) -> str:
+        found = original(file)
+        monkeypatch.setattr(reproduce_rows, "_whole_lines", original)
+        append_row(file, rows[1])
+        return found
+
+    monkeypatch.setattr(reproduce_rows, "_whole_lines", looks)
+    append_row(path, rows[2])
+    assert read_rows(path) == rows
+
+
+def test_a_row_of_other_options_ends_no_cell(tmp_path: Path) -> None:
+    one = ["--out", tmp_path, "--method", "forward", "--pairs", 1]
+    options = TINY.experiment(Cell("forward", 0, 1, 0)).options()
+    del options["batch_size"]  # as in a row from before there was such an option
+    append_row(tmp_path / "rows.jsonl", make_row("forward", 0, 1, options={**options, "recompute": "none"}))
+    assert run(*one).exit_code == 0
+    assert not (tmp_path / "tiny").exists(), "it was run again"
+    append_row(tmp_path / "rows.jsonl", make_row("forward", 0, 1, options={**options, "lr": 0.5}))
+    result = run(*one)
+    assert result.exit_code == 2
+    assert "forward-K0-N1-seed0: its row was made with other options: lr: then 0.5, now 0.003; name" in result.stderr
+
+
+def test_a_page_without_marks_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("no marks")
+    result = run("--out", tmp_path / "out", "--markdown", tmp_path / "page.md")
+    assert result.exit_code == 2
+    assert "expected the lines" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_table_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
     rows = [make_row("gradient", 1, 1, exact_match=0.25), make_row("gradient", 1, 1, exact_match=1.0, reached=True),
             make_row("gradient", 1, 1, seed=1, exact_match=0.5, trained_steps=20), make_row("first", 2, 1),
@@ -316,3 +356,4 @@ def test_the_committed_page_is_what_the_committed_rows_generate(name: str, monke
         assert not row.provenance.modified
         assert row.provenance.commit
         assert row.cell in PRESETS[row.preset].cells()
+        assert is_done(row, PRESETS[row.preset].experiment(row.cell))  # made with the options of today

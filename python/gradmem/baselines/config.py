@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from gradmem.config import Config, GradMemConfig, option
@@ -9,9 +10,11 @@ from gradmem.config import Config, GradMemConfig, option
 __all__ = ["WRITERS", "WriterConfig"]
 
 GRADIENT, FORWARD, CONTEXT = WRITERS = ("gradient", "forward", "context")
-# Options of the memory that a writer does not have, with the value that they must then have.
-_NO_STEPS = {"steps": 0, "inner_optimizer": "sgd", "write_head": False, "inner_loss_weight": 0.0}
-_NO_MEMORY = {"control_tokens": 0, "memory_projection": "none"}
+# Options of gradient steps, and of a memory: a writer that has none reads none of them. The size of the memory and its
+# initial values are not among them, so that one option tells a model without a memory from what it is compared with.
+_OF_STEPS = ("order", "second_order_steps", "learn_inner_lr")
+_OF_STEPS_BEGIN = ("inner_", "write_")
+_OF_MEMORY = ("control_tokens", "memory_projection", "freeze_backbone")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,12 @@ class WriterConfig(Config):
         """
         if self.writer == GRADIENT:
             return
-        for name, value in (_NO_STEPS | (_NO_MEMORY if self.writer == CONTEXT else {})).items():
-            if getattr(memory, name) != value:
-                memory.fail(name, f"{value!r} where the writer is {self.writer!r}, which has none",
-                            getattr(memory, name))
+        if memory.steps:
+            memory.fail("steps", f"0 where the writer is {self.writer!r}, which takes none", memory.steps)
+        for field in dataclasses.fields(memory):
+            unread = (field.name in _OF_STEPS or field.name.startswith(_OF_STEPS_BEGIN)
+                      or (self.writer == CONTEXT and field.name in _OF_MEMORY))
+            value = getattr(memory, field.name)
+            if (unread and value != field.default) or value == "per_sample":  # which the inner steps would write
+                memory.fail(field.name, f"{field.default!r} where the writer is {self.writer!r}, which reads no other",
+                            value)

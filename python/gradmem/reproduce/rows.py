@@ -77,7 +77,9 @@ def append_row(path: Path, row: Row) -> None:
     """Adds a row in one write, in the place of a last line that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
-        file.truncate(len(_whole_lines(path).encode()))
+        whole = len(_whole_lines(path).encode())
+        if whole < file.tell():  # else nothing is cut, also not what another process has added by now
+            file.truncate(whole)
         file.write((json.dumps(asdict(row)) + "\n").encode())
 
 

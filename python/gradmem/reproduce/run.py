@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gradmem.checkpoint import Checkpoint
-from gradmem.errors import CheckpointError
+from gradmem.errors import CheckpointError, DataError
 from gradmem.evaluation import evaluate
 from gradmem.experiment import Experiment
 from gradmem.provenance import Provenance
@@ -23,9 +23,25 @@ __all__ = ["SUITE", "is_done", "run_cell"]
 SUITE = "reproduce-kv"
 
 
+#: Options with which a cell is the same one: its budget, and what is settled when it begins.
+_FREE = ("max_steps", "recompute")
+
+
 def is_done(row: Row | None, experiment: Experiment) -> bool:
-    """Whether ``row`` is the end of this experiment: it reached its target, or used the budget."""
-    return row is not None and (row.reached or row.trained_steps >= experiment.train.max_steps)
+    """Whether ``row`` is the end of this experiment: it reached its target, or used the budget.
+
+    Raises:
+        DataError: if it is one of other options.
+    """
+    if row is None:
+        return False
+    mine = experiment.options()
+    other = [f"{name}: then {row.options[name]!r}, now {value!r}" for name, value in mine.items()
+             if row.options.get(name, value) != value and name not in _FREE and not experiment.train.may_change(name)]
+    if other:
+        raise DataError(f"{row.cell.name}: its row was made with other options: {'; '.join(other)}; name another "
+                        f"--results and --out, or take the row out")
+    return row.reached or row.trained_steps >= experiment.train.max_steps
 
 
 def run_cell(preset: Preset, cell: Cell, experiment: Experiment, out: Path, device: torch.device,
