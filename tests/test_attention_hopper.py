@@ -15,7 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-from attention_hopper_checks import CALLS, SOME, check_call, check_some
+from attention_hopper_checks import CALLS, EMPTY, SOME, check_call, check_empty, check_some
 
 from gradmem_kernels import attention
 from gradmem_kernels.backend import BackendError
@@ -58,6 +58,11 @@ def test_some_tangents_and_cotangents(name):
     check_some(name, "cpu")
 
 
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty(name):
+    check_empty(name, "cpu")
+
+
 def test_tensors_that_tma_cannot_read_are_copied():
     q = torch.randn(1, 2, 40, 64).bfloat16()
     expected = attention(q, q, q, causal=True, backend="native", first_order="own")
@@ -75,6 +80,12 @@ def test_what_they_do_not_serve_is_refused(options, reason):
     q = torch.randn(1, 1, 4, 64).bfloat16()
     with pytest.raises(BackendError, match=f"'native' cannot serve this call: its CUDA kernels have {reason}"):
         attention(q, q, q, backend="native", first_order="own", **options)
+
+
+def test_more_samples_than_a_launch_has_are_refused():
+    q = torch.zeros(2**16, 1, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match="take at most 65535 samples and heads, not 65536 and 1"):
+        attention(q, q, q, backend="native", first_order="own")
 
 
 @pytest.mark.parametrize("q", [torch.zeros(1, 1, 2, 32).bfloat16(), torch.zeros(1, 1, 2, 64)], ids=["d", "dtype"])

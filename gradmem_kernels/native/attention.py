@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from gradmem_kernels.operators.define import rows_dense
 
 #: On a CPU: not PyTorch's fused attention (docs/attention.md has the measurements).
 FASTEST_FIRST_ORDER = True
-#: Head dimensions of the kernels for Hopper.
-HEAD_DIMS = (64, 128)
+#: Head dimensions of the kernels for Hopper, and the most samples or heads of a launch.
+HEAD_DIMS, MOST = (64, 128), 2**16 - 1
 
 Tensors = Sequence[Tensor | None]
 
@@ -29,6 +30,8 @@ def refusal(q: Tensor | None = None, *others: Tensor | None) -> str | None:
         return reason
     if q.dtype != torch.bfloat16 or q.shape[-1] not in HEAD_DIMS:
         return f"its CUDA kernels take bfloat16 and head dimensions of 64 and 128, not {q.dtype} and {q.shape[-1]}"
+    if max(q.shape[:2]) > MOST:
+        return f"its CUDA kernels take at most {MOST} samples and heads, not {q.shape[0]} and {q.shape[1]}"
     if any(t is not None for t in others[3:]):  # behind k, v and seqlens
         return "its CUDA kernels have no packing, mask or bias"
     if capability(q) != (9, 0):
@@ -48,6 +51,10 @@ def _launch_forward(tensors: Forward, settings: Settings, o: Tensor | None, o_t:
     *x, known_o, known_lse = map(rows_dense, tensors)
     if is_cuda(tensors.q):
         x = _for_hopper(x, settings)
+        if _without_elements(x):
+            _fill(0, o, o_t, mu)
+            _fill(math.inf, lse)
+            return
         # kernels for Hopper compute what is known again
         o, lse = (torch.empty_like(o_t), torch.empty_like(known_lse)) if known else (o, lse)
         known = False
@@ -64,6 +71,9 @@ def _launch_backward(tensors: Backward, settings: Settings, *wanted: Tensor | No
     results, sums = list(wanted), None
     if is_cuda(tensors.q):
         x = _for_hopper(x, settings)
+        if _without_elements(x):
+            _fill(0, *wanted)
+            return
         a, b, results = _results_for_hopper(x, a, b, results)
         sums = 2, 1, o.shape[:3].numel()
     arguments, _alive = _arguments(x, settings)
@@ -72,6 +82,17 @@ def _launch_backward(tensors: Backward, settings: Settings, *wanted: Tensor | No
         **arguments, "o": view(o), "o_t": view(o_t), "a": view(a), "b": view(b), "lse": address(lse),
         "mu": address(mu), "grad_rows": settings.grad_rows or _all_rows(x),
         **dict(zip(names, map(view, results), strict=True))}, sums)
+
+
+def _without_elements(x: Tensors) -> bool:
+    """Whether there are no queries or no keys, for which nothing can be launched."""
+    return x[0].numel() == 0 or x[1].numel() == 0
+
+
+def _fill(value: float, *results: Tensor | None) -> None:
+    for t in results:
+        if t is not None:
+            t.fill_(value)
 
 
 def _for_hopper(x: Tensors, settings: Settings) -> list[Tensor | None]:

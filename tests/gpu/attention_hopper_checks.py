@@ -10,7 +10,7 @@ from torch import Tensor
 from gradmem_kernels import backend as backends
 from gradmem_kernels.reference import attention as reference
 
-__all__ = ["CALLS", "SOME", "check_call", "check_some"]
+__all__ = ["CALLS", "EMPTY", "SOME", "check_call", "check_empty", "check_some"]
 
 #: Blocks of 128 own rows, the last not full, tiles of 32 or 64 on the other side; ``[B, Hq, Hkv, Sq, Sk, d]``.
 CALLS: dict[str, tuple[tuple[int, ...], bool, tuple[int, ...] | None]] = {
@@ -28,6 +28,15 @@ SOME = {
     "only_q": ((0, 1, 2), (True, False, False), (False,) * 3), "only_k": ((1, 2), (False, True, False), (False,) * 3),
     "tangents_alone": ((0, 1, 2), (False,) * 3, (True, False, True)),
     "no_v_t": ((0, 1, 2), (True,) * 3, (True, True, False))}
+
+
+#: Nothing to launch: no samples, no queries, no keys; ``[B, Hq, Hkv, Sq, Sk, d]``.
+EMPTY = {"samples": (0, 2, 1, 5, 5, 64), "queries": (1, 2, 1, 0, 5, 64), "keys": (1, 2, 1, 5, 0, 128)}
+
+
+def check_empty(name: str, device: str) -> None:
+    """Queries that see no key give zeros, and so do gradients."""
+    _check(EMPTY[name], False, None, (0, 1, 2), (True,) * 3, (True,) * 3, device)
 
 
 def check_call(name: str, device: str) -> None:
@@ -64,7 +73,7 @@ def _check(shape: tuple[int, ...], causal: bool, seqlens: tuple[int, ...] | None
         finite = expected.isfinite()
         error = (found.double() - expected)[finite].norm()
         # of one key alone, most derivatives are 0 but for the rounding of o and o_t
-        error /= expected[finite].norm().clamp(min=(1.0 if keys == 1 else 1e-3) * expected.numel() ** 0.5)
+        error /= expected[finite].norm().clamp(min=(1.0 if keys == 1 else 1e-3) * max(1, expected.numel()) ** 0.5)
         # results are rounded to bfloat16, and so are P and dS before they are multiplied
         assert error < (6e-3 if found.dtype == torch.bfloat16 else 1e-5), f"{name}: {error:.1e}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_hopper_checks import CALLS, SOME, check_call, check_some
+from attention_hopper_checks import CALLS, EMPTY, SOME, check_call, check_empty, check_some
 
 from gradmem_kernels import attention, attention_dual
 from gradmem_kernels.native.attention import refusal
@@ -33,6 +33,11 @@ def test_every_kernel(name):
 @pytest.mark.parametrize("name", SOME)
 def test_some_tangents_and_cotangents(name):
     check_some(name, DEVICE)
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty(name):
+    check_empty(name, DEVICE)
 
 
 @pytest.mark.parametrize("d", [64, 128])

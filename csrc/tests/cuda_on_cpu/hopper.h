@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "block.h"
 
@@ -20,6 +21,8 @@ namespace cuda_on_cpu {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
   const dim3& grid = config->gridDim;
+  // as CUDA refuses them
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
   Block::get().run({grid.x, grid.y, grid.z}, config->blockDim.x, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
@@ -64,6 +67,7 @@ struct Load {
 
 template <int R, int D>
 Load<R, D> make_load(const View<3>& t, Index batch, Index heads, Index rows) {
+  if (batch < 1 || heads < 1 || rows < 1) throw std::invalid_argument("TMA: a tensor without elements");
   return {t, batch, heads, rows};
 }
 
