@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import compare, roofline
-from benchmarks.harness import Options, Provenance, store
+from benchmarks.harness import Options, Provenance, merged, store
 from benchmarks.meta_step_parts import REFUSED
-from benchmarks.provenance import check_storable
+from benchmarks.provenance import RESULTS, check_storable
 from benchmarks.rows import append
 from benchmarks.suites import SUITES
 
@@ -48,6 +48,7 @@ def main() -> int:
 def parser() -> argparse.ArgumentParser:
     """Of every suite's options."""
     out = argparse.ArgumentParser(prog="python -m benchmarks", description="See docs/benchmarks.md.",
+                                  allow_abbrev=False,  # --compare finds its own words again
                                   epilog=f"Other commands, with --help of their own: {', '.join(COMMANDS)}")
     out.add_argument("suite", choices=[*SUITES, "all"], help="all: every suite in turn, and the compile report")
     out.add_argument("--quick", action="store_true", help="a tiny shape: shows that the suite runs, nothing else")
@@ -95,17 +96,23 @@ def _options(words: argparse.ArgumentParser, name: str, args: argparse.Namespace
 def _run(name: str, options: Options, args: argparse.Namespace, console: Console) -> bool:
     """Measures a suite and says whether it refused anything."""
     suite = SUITES[name]
+    reports = []
     with console.status(f"measuring {name}; a large shape takes minutes"):
-        report = suite.run(options)
-        report = replace(report, rows=roofline.attach(report.rows, options.device, options.quick))
+        for report in suite.run(options):
+            report = replace(report, rows=roofline.attach(report.rows, options.device, options.quick))
+            # what is measured is kept, whatever comes next
+            if args.store:
+                store(report, name)
+            if args.rows:
+                append(args.rows, report.rows)
+            reports.append(report)
+    report = merged(reports)
     if report.rows:
         console.print(suite.table(report.rows))
     for reason in report.refused:
-        console.print(f"{REFUSED}{reason}", style="red")
+        console.print(f"{REFUSED}{reason}", style="red", markup=False, highlight=False, soft_wrap=True)
     if args.store:
-        console.print(f"stored in {store(report, name)}")
-    if args.rows:
-        append(args.rows, report.rows)
+        console.print(f"stored in {RESULTS / name}.jsonl")
     return bool(report.refused)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Group
@@ -27,27 +27,27 @@ from benchmarks.attention_providers import (
     prepare,
 )
 from benchmarks.harness import (
+    Found,
     Options,
     Provenance,
     Report,
     Row,
     Samples,
+    attempt,
     clock_of,
-    gate,
+    compared,
+    errors,
     interleave_prepared,
     mebibytes,
-    merged,
     old_objects_aside,
     peak,
     peak_bytes,
     peak_rss,
     quantiles,
     ratio,
-    release,
     require_parts,
     timed,
 )
-from gradmem_kernels.backend import BackendError
 from gradmem_kernels.recompute import free_memory
 
 __all__ = ["CPU", "CUDA", "DEVICES", "PARTS", "PROVIDERS", "QUICK", "run", "table"]
@@ -86,32 +86,21 @@ PARTS = tuple(CPU | CUDA)
 
 #: The longest sequence whose exact results are computed; longer ones are checked at this length.
 CHECKED_LENGTH = {"cpu": 2048, "cuda": 16384}
-
-
 #: Matrices of scores that plain PyTorch holds at once in a double backward.
 MATRICES = 8
 
 
-class Checked(NamedTuple):
-    """A provider in a mode: its error and plain PyTorch's, or why it gets no numbers."""
-
-    error: float | None = None
-    eager_error: float | None = None
-    peak: int | None = None
-    unavailable: str | None = None
-    wrong: str | None = None
-
-
-def run(options: Options) -> Report:
-    """All parts, or those named in ``options.only``."""
+def run(options: Options) -> Iterator[Report]:
+    """A report for each shape of all parts, or of those named in ``options.only``."""
     device = torch.device(options.device).type
     parts = CUDA if device == "cuda" else CPU
     if options.quick:
         parts = {name: quick(part) for name, part in (CPU | CUDA).items()}
     require_parts(options, parts)
     names = options.only or (QUICK_PARTS if options.quick else parts)
-    return merged(measure(part, shape, options) for name, part in parts.items() if name in names
-                  for shape in part.shapes)
+    for name, part in parts.items():
+        for shape in part.shapes if name in names else ():
+            yield measure(part, shape, options)
 
 
 def quick(part: Part) -> Part:
@@ -129,20 +118,20 @@ def measure(part: Part, shape: Shape, options: Options) -> Report:
     checked = check(providers, part, check_shape, options.device)
     data, found, prepared = draw(shape, part.dtype, options.device), {}, {}
     for (provider, mode), of in checked.items():
-        if of.unavailable is None and of.wrong is None:
+        if of.usable:
             of = of._replace(unavailable=too_large(provider, shape, part.dtype, options.device))
-        if of.unavailable is None and of.wrong is None:
+        if of.usable:
             make = partial(prepare, mode, provider.load(shape), data)
-            of = _attempt(provider, lambda make=make, of=of: of._replace(
+            of = attempt(provider.name, lambda make=make, of=of: of._replace(
                 peak=peak_bytes(lambda: make()(), options.device)))
-            if of.unavailable is None and of.wrong is None:
+            if of.usable:
                 prepared[provider, mode] = make
         found[provider, mode] = of
     samples: Mapping[tuple[Provider, str], Samples] = {}
     if part.timed:
         samples = interleave_prepared(prepared, options, clock_of(options.device))
         for key in prepared.keys() - samples.keys():
-            found[key] = Checked(unavailable="out of memory")
+            found[key] = Found(unavailable="out of memory")
     base = Row(suite="attention", step="attention", provider="", mode="", dtype=str(part.dtype).removeprefix("torch."),
                shape=asdict(shape), checked_shape=None if check_shape == shape else asdict(check_shape),
                provenance=Provenance.here(options.device))
@@ -160,7 +149,7 @@ def too_large(provider: Provider, shape: Shape, dtype: torch.dtype, device: str)
     return f"would keep about {need / 2**30:.0f} GiB of score matrices"
 
 
-def check(providers: Sequence[Provider], part: Part, shape: Shape, device: str) -> dict[tuple[Provider, str], Checked]:
+def check(providers: Sequence[Provider], part: Part, shape: Shape, device: str) -> dict[tuple[Provider, str], Found]:
     """Every provider in every mode against float64, on this shape."""
     data = draw(shape, part.dtype, device)
     exact = head_by_head(shape, data.map(Tensor.double))
@@ -169,37 +158,14 @@ def check(providers: Sequence[Provider], part: Part, shape: Shape, device: str) 
     for provider in providers:
         for mode in part.modes:
             if mode in provider.modes:
-                found[provider, mode] = _attempt(provider, partial(_check, provider, mode, shape, data, exact, eager))
+                found[provider, mode] = attempt(
+                    provider.name, partial(_check, provider, mode, shape, data, exact, eager))
     return found
 
 
 def _check(provider: Provider, mode: str, shape: Shape, data: Data, exact: Mapping[str, Tensor],
-           eager: Mapping[str, float]) -> Checked:
-    ours = errors(prepare(mode, provider.load(shape), data)(), exact)
-    worst = max(ours.values()), max(eager[name] for name in ours)
-    return Checked(*worst, wrong=gate(f"{provider.name} {mode}", ours, eager))
-
-
-def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of each result: the norm of the difference over the norm of the exact one."""
-    return {name: float((t.detach().double() - exact[name]).norm() / exact[name].norm())
-            for name, t in results.items()}
-
-
-def _attempt(provider: Provider, work: Callable[[], Checked]) -> Checked:
-    """What keeps a provider from running is its row's reason; the library's own errors, other than that a backend
-    does not serve, count as wrong."""
-    try:
-        found = work()
-    except torch.OutOfMemoryError:
-        found = Checked(unavailable="out of memory")
-    except Exception as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        reason = f"{type(error).__name__}: {first_line}"
-        ours = provider.name.startswith("gradmem") and not isinstance(error, BackendError)
-        found = Checked(wrong=f"{provider.name}: {reason}") if ours else Checked(unavailable=reason)
-    release()
-    return found
+           eager: Mapping[str, float]) -> Found:
+    return compared(f"{provider.name} {mode}", errors(prepare(mode, provider.load(shape), data)(), exact), eager)
 
 
 def alone(provider: str, mode: str, shape: Shape, dtype: torch.dtype) -> Callable[[], Any]:
@@ -208,7 +174,7 @@ def alone(provider: str, mode: str, shape: Shape, dtype: torch.dtype) -> Callabl
     return lambda: prepare(mode, load(shape), draw(shape, dtype, "cpu"))()
 
 
-def _row(base: Row, key: tuple[Provider, str], of: Checked, samples: Mapping[tuple[Provider, str], Samples],
+def _row(base: Row, key: tuple[Provider, str], of: Found, samples: Mapping[tuple[Provider, str], Samples],
          shape: Shape, dtype: torch.dtype) -> Row:
     provider, mode = key
     cuda = base.provenance.cuda is not None

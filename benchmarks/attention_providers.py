@@ -24,11 +24,12 @@ PRODUCTS = {"forward": 2, "backward": 5, "double_backward": 12, "dual_forward": 
 MODES = tuple(PRODUCTS)
 FIRST_ORDER = ("forward", "backward")
 #: Tensors ``[B, S, d]`` of query heads and of key heads that a mode reads or writes, each once.
-TENSORS = {"forward": (2, 2), "backward": (4, 4), "double_backward": (5, 6), "dual_forward": (4, 4),
+TENSORS = {"forward": (2, 2), "backward": (4, 4), "double_backward": (6, 6), "dual_forward": (4, 4),
            "dual_backward": (8, 8), "step": (18, 18)}
 FLOP_FORMULA = ("n * 2 B H S^2 d (causal: half), n = 2 forward, 5 backward, 12 double backward, 6 dual forward, "
                 "15 dual backward, 28 step")
-BYTE_FORMULA = "inputs, tangents and cotangents read once, results written once; a step: the sum of its four passes"
+BYTE_FORMULA = ("inputs, tangents and cotangents read once, in backward passes the output and its tangent too, results "
+                "written once; a step: the sum of its four passes")
 
 Named = dict[str, Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

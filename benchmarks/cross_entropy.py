@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,16 +14,18 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness import (
+    Found,
     Options,
     Provenance,
     Report,
     Row,
     Samples,
+    attempt,
     clock_of,
-    gate,
+    compared,
+    errors,
     interleave_prepared,
     mebibytes,
-    merged,
     peak,
     peak_bytes,
     peak_rss,
@@ -158,10 +160,12 @@ def _gradients(outputs: Sequence[Tensor], bars: Sequence[Tensor], inputs: Sequen
     return {**{f"output {i}": y.detach() for i, y in enumerate(outputs)}, **dict(zip(names, found, strict=False))}
 
 
-def run(options: Options) -> Report:
+def run(options: Options) -> Iterator[Report]:
+    """A report for each shape of the device."""
     device = torch.device(options.device).type
     dtype, shapes = QUICK if options.quick else CUDA if device == "cuda" else CPU
-    return merged(measure(shape, dtype, options) for shape in shapes)
+    for shape in shapes:
+        yield measure(shape, dtype, options)
 
 
 def measure(shape: Shape, dtype: torch.dtype, options: Options) -> Report:
@@ -178,38 +182,35 @@ def measure(shape: Shape, dtype: torch.dtype, options: Options) -> Report:
         exact = prepare(mode, PROVIDERS[0], small.double())()
         plain = errors(prepare(mode, PROVIDERS[0], small)(), exact)
         for provider in (provider for provider in PROVIDERS if mode in provider.modes):
-            row = replace(base, provider=provider.name, mode=mode)
             make = partial(prepare, mode, provider, data)
-            try:
-                ours = errors(prepare(mode, provider, small)(), exact)
-                most = peak_bytes(lambda make=make: make()(), options.device)
-            except (torch.OutOfMemoryError, AttributeError) as error:  # AttributeError: an older PyTorch
-                found[provider.name, mode] = replace(row, unavailable=next(iter(str(error).splitlines()), "memory"))
-                continue
-            wrong = gate(f"{provider.name} {mode}", ours, plain)
-            if wrong is not None:
-                refused.append(wrong)
+            of = attempt(f"{provider.name} {mode}", partial(_check, mode, provider, small, exact, plain))
+            if of.usable:
+                of = attempt(f"{provider.name} {mode}", lambda make=make, of=of: of._replace(
+                    peak=peak_bytes(lambda: make()(), options.device)))
+            if of.wrong is not None:
+                refused.append(of.wrong)
                 continue
             found[provider.name, mode] = replace(
-                row, error=max(ours.values()), eager_error=max(plain.values()),
-                peak_rss_bytes=None if cuda else peak_rss(alone, provider.name, mode, shape, dtype),
-                **{"peak_device_bytes" if cuda else "peak_live_bytes": most})
-            prepared[provider.name, mode] = make
+                base, provider=provider.name, mode=mode, error=of.error, eager_error=of.eager_error,
+                unavailable=of.unavailable, **{"peak_device_bytes" if cuda else "peak_live_bytes": of.peak},
+                peak_rss_bytes=peak_rss(alone, provider.name, mode, shape, dtype) if of.usable and not cuda else None)
+            if of.usable:
+                prepared[provider.name, mode] = make
     samples = interleave_prepared(prepared, options, clock_of(options.device))
     for key in prepared.keys() - samples.keys():
         found[key] = replace(base, provider=key[0], mode=key[1], unavailable="out of memory")
     return Report([_timed(row, samples, shape, dtype) for row in found.values()], refused)
 
 
+def _check(mode: str, provider: Provider, data: Data, exact: Mapping[str, Tensor],
+           plain: Mapping[str, float]) -> Found:
+    return compared(f"{provider.name} {mode}", errors(prepare(mode, provider, data)(), exact), plain)
+
+
 def alone(provider: str, mode: str, shape: Shape, dtype: torch.dtype) -> Callable[[], Any]:
     """A mode and what it needs before it, for a process that runs nothing else."""
     who = next(known for known in PROVIDERS if known.name == provider)
     return lambda: prepare(mode, who, draw(shape, dtype, "cpu"))()
-
-
-def errors(results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of each result: the norm of the difference over the norm of the exact one."""
-    return {name: float((t.double() - exact[name]).norm() / exact[name].norm()) for name, t in results.items()}
 
 
 def _timed(row: Row, samples: Mapping[tuple[str, str], Samples], shape: Shape, dtype: torch.dtype) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,17 +34,17 @@ ALPHABET, PAIRS, QUICK_PAIRS = 62, 16, 2
 GRAD_CLIP, LR = 1.0, 3e-3
 
 
-def run(options: Options) -> Report:
-    """Training by every provider, and answers by those that differ in them."""
+def run(options: Options) -> Iterator[Report]:
+    """A report of training by every provider, and one of answers by those that differ in them."""
     who = (*PROVIDERS, GRAPH) if torch.device(options.device).type == "cuda" else PROVIDERS
     base = QUICK if options.quick else PAPER
     task = make_task(base)
     batch, vocabulary = task.batch(0, 1), task.tokenizer.vocab_size
     shape = replace(base, vocabulary=vocabulary, context_tokens=batch.context_ids.shape[1],
                     query_tokens=batch.query_ids.shape[-1])
-    cases = [Case(step, provider, shape, torch.float32)
-             for step, providers in (("train", who), ("answer", READERS)) for provider in providers]
-    return measure("end-to-end", cases, options, check, prepare, need, FORMULAS)
+    for step, providers in (("train", who), ("answer", READERS)):
+        cases = [Case(step, provider, shape, torch.float32) for provider in providers]
+        yield measure("end-to-end", cases, options, check, prepare, need, FORMULAS)
 
 
 def make_task(shape: Shape) -> KVTask:

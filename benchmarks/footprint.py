@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -26,7 +26,7 @@ MEASURED_LENGTHS, FEW_STEPS = (1024, 2048, 4096, 8192), (1, 2)
 FORMULA = "weights, two copies of their gradients, K memories in float32, and the activations of PrefixLoss.footprint"
 
 
-def run(options: Options) -> Report:
+def run(options: Options) -> Iterator[Report]:
     """A row for every mode, K and S; the measured ones take seconds each."""
     base, lengths, steps = (QUICK, (8, 16), (1, 2, 4)) if options.quick else (LLAMA_1B, LENGTHS, STEPS)
     rows = []
@@ -36,7 +36,7 @@ def run(options: Options) -> Report:
                 suite="footprint", step="meta-step", provider=provider.name, mode=provider.mode, dtype="bfloat16",
                 shape=asdict(shape), model_bytes=model_bytes(provider, shape), byte_formula=FORMULA,
                 peak_live_bytes=measured_bytes(provider, shape) if options.quick or _is_measured(shape) else None))
-    return Report(rows)
+    yield Report(rows)
 
 
 def model_bytes(provider: Provider, shape: Shape) -> int:

@@ -1,4 +1,4 @@
-"""What every suite shares: the gate, interleaved timing, the result row and its provenance."""
+"""What every suite shares: interleaved timing, the result row and its provenance."""
 
 from __future__ import annotations
 
@@ -16,21 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
+from benchmarks.gate import Found, Result, attempt, compared, errors, gate, relative_errors, release
 from benchmarks.live_memory import peak_live_bytes
 from benchmarks.provenance import Provenance
 from benchmarks.rows import Report, Row, mebibytes, merged, peak, store
 
-__all__ = ["Options", "Provenance", "Report", "Result", "Row", "Samples", "clock_of", "cuda_clock", "gate",
-           "in_fresh_process", "interleave", "interleave_prepared", "mebibytes", "merged", "old_objects_aside", "peak",
-           "peak_bytes", "peak_rss", "quantiles", "ratio", "relative_errors", "release", "require_parts", "store",
-           "timed", "wall_clock"]
+__all__ = ["Clock", "Found", "Options", "Provenance", "Report", "Result", "Row", "Samples", "attempt", "clock_of",
+           "compared", "cuda_clock", "errors", "gate", "in_fresh_process", "interleave_prepared", "mebibytes", "merged",
+           "old_objects_aside", "peak", "peak_bytes", "peak_rss", "quantiles", "ratio", "relative_errors", "release",
+           "require_parts", "store", "timed", "wall_clock"]
 
-#: A provider may be this many times less exact than plain PyTorch in the same dtype, both against float64.
-ERROR_FACTOR = 4.0
-#: A loss and the gradients of it, by name.
-Result = tuple[Tensor, dict[str, Tensor]]
 T = TypeVar("T")
 #: Runs a piece of work once and returns its seconds.
 Clock = Callable[[Callable[[], Any]], float]
@@ -72,40 +68,27 @@ def old_objects_aside() -> Iterator[None]:
 
 
 @old_objects_aside()
-def interleave(steps: Mapping[T, Callable[[], Any]], options: Options) -> dict[T, Samples]:
-    """Times every step once per round, so that drift of the machine meets all of them; every other round runs
-    backwards, so that none always follows the same neighbour."""
-    for _ in range(options.warmup):
-        for step in steps.values():
-            step()
-    samples = {name: Samples([], []) for name in steps}
-    for k in range(options.repeats):
-        for name in list(steps) if k % 2 == 0 else reversed(list(steps)):
-            gc.collect()
-            faults, start = _minor_faults(), time.perf_counter()
-            steps[name]()
-            samples[name].seconds.append(time.perf_counter() - start)
-            samples[name].minor_faults.append(_minor_faults() - faults)
-    return samples
-
-
-@old_objects_aside()
 def interleave_prepared(prepare: Mapping[T, Callable[[], Callable[[], Any]]], options: Options,
                         clock: Clock) -> dict[T, Samples]:
-    """As :func:`interleave`, for work that needs something before it which is not timed: ``prepare[name]()`` returns
-    the work. It is prepared anew in each round, run once, timed once and freed, so that only one is in memory. What
-    runs out of the GPU's memory is left out."""
+    """Times all work once per round, so that drift of the machine meets all of it; every other round runs backwards, so
+    that none always follows the same neighbour.
+
+    ``prepare[name]()`` does what is needed before and is not timed, and returns the work. It is prepared anew in each
+    round, run once, timed once and freed, so that only one is in memory. What runs out of the GPU's memory is left out.
+    """
     samples = {name: Samples([], []) for name in prepare}
     for k in range(options.repeats):
         for name in list(samples) if k % 2 == 0 else reversed(list(samples)):
             try:
-                seconds, faults = _prepared_time(prepare[name], options.warmup, clock)
+                times = _prepared_time(prepare[name], options.warmup, clock)
             except torch.OutOfMemoryError:
+                times = None
+            if times is None:  # behind the exception, which holds what it was raised with
                 del samples[name]
-                torch.cuda.empty_cache()
+                release()
             else:
-                samples[name].seconds.append(seconds)
-                samples[name].minor_faults.append(faults)
+                samples[name].seconds.append(times[0])
+                samples[name].minor_faults.append(times[1])
     return samples
 
 
@@ -185,24 +168,6 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
-def relative_errors(result: Result, exact: Result) -> dict[str, float]:
-    """Of the loss and of each gradient: the norm of the difference over the norm of ``exact``."""
-    loss, grads = result
-    exact_loss, exact_grads = exact
-    if grads.keys() != exact_grads.keys():
-        raise ValueError(f"gradients: expected {sorted(exact_grads)}, got {sorted(grads)}")
-    pairs = {"loss": (loss, exact_loss)} | {name: (grads[name], exact_grads[name]) for name in grads}
-    return {name: float((a.double() - b).norm() / b.norm()) for name, (a, b) in pairs.items()}
-
-
-def gate(name: str, errors: Mapping[str, float], eager: Mapping[str, float]) -> str | None:
-    """Why the provider gets no time; ``None`` if it computes what plain PyTorch does, about as exactly."""
-    eps = torch.finfo(torch.float32).eps
-    bad = [f"{what}: {error:.1e}, plain PyTorch {eager[what]:.1e}" for what, error in errors.items()
-           if not error <= ERROR_FACTOR * (eager[what] + eps)]  # written so that NaN is bad
-    return f"{name}: wrong against float64: {'; '.join(bad[:4])}" if bad else None
-
-
 def peak_bytes(work: Callable[[], Any], device: str) -> int:
     """The most that ``work()`` holds at once beside what there was before: of live tensors on a CPU, handed out by the
     allocator on a GPU."""
@@ -214,13 +179,6 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int:
     work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def release() -> None:
-    """Frees what is garbage, on the GPU too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def peak_rss(make: Callable[..., Callable[[], Any]], *args: Any) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -29,14 +29,15 @@ CPU = {torch.float32: [*(replace(PAPER, steps=k) for k in STEPS), _LONG]}
 CUDA = {torch.float32: CPU[torch.float32], torch.bfloat16: [replace(LLAMA_1B, steps=k) for k in STEPS]}
 
 
-def run(options: Options) -> Report:
-    """Every provider at every shape of the device."""
+def run(options: Options) -> Iterator[Report]:
+    """A report of every provider for each shape of the device."""
     cuda = torch.device(options.device).type == "cuda"
     shapes = {torch.float32: [replace(QUICK, steps=k) for k in STEPS[:2]]} if options.quick else CUDA if cuda else CPU
     who = (*PROVIDERS, GRAPH) if cuda else PROVIDERS
-    cases = [Case("write", provider, shape, dtype, LLAMA_CHECKED if shape.tied else None)
-             for dtype, at in shapes.items() for shape in at for provider in who]
-    return measure("inner-step", cases, options, check, prepare, need, FORMULAS)
+    for dtype, at in shapes.items():
+        for shape in at:
+            cases = [Case("write", provider, shape, dtype, LLAMA_CHECKED if shape.tied else None) for provider in who]
+            yield measure("inner-step", cases, options, check, prepare, need, FORMULAS)
 
 
 def need(case: Case) -> Need:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from rich.table import Table
@@ -18,7 +18,7 @@ DEVICES = ("cpu", "cuda")
 STEPS = (1, 2, 4, 8, 16)
 
 
-def run(options: Options) -> Report:
+def run(options: Options) -> Iterator[Report]:
     """Peak memory for each provider and number of steps; a batch of 8, since eager keeps every step's graph."""
     shape = QUICK if options.quick else replace(PAPER, batch=8)
     device, where = options.device, Provenance.here(options.device)
@@ -33,7 +33,7 @@ def run(options: Options) -> Report:
                 shape=asdict(sized), error=error, eager_error=eager_error, provenance=where,
                 peak_rss_bytes=peak_rss(make_step, provider, sized) if where.cuda is None else None,
                 **{field: peak_bytes(make_step(provider, sized, device=device), device)}))
-    return Report(rows, refused)
+    yield Report(rows, refused)
 
 
 def table(rows: Sequence[Row]) -> Table:

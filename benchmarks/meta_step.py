@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Group
 from rich.table import Table
 
 from benchmarks import peer
-from benchmarks.harness import Options, Report, Row, gate, mebibytes, merged, peak, relative_errors, require_parts
+from benchmarks.harness import Options, Report, Row, gate, mebibytes, peak, relative_errors, require_parts
 from benchmarks.meta_step_parts import CPU, CUDA, measure, quick, with_peer
 from benchmarks.meta_step_providers import EAGER, PROVIDERS, Provider, make_step
 from benchmarks.shapes import FLOP_FORMULA, Shape
@@ -21,8 +21,8 @@ PARTS = tuple(dict.fromkeys((*CPU, *CUDA)))
 PEERS = True
 
 
-def run(options: Options) -> Report:
-    """The parts named in ``options.only``, by default all of the device."""
+def run(options: Options) -> Iterator[Report]:
+    """A report for each of the parts named in ``options.only``, by default all of the device."""
     device = torch.device(options.device).type
     parts = CUDA if device == "cuda" else CPU
     names = options.only or tuple(parts)
@@ -32,7 +32,9 @@ def run(options: Options) -> Report:
     if options.peer_path:
         peer.use(options.peer_path)
         parts = {name: with_peer(part) for name, part in parts.items()}
-    return merged(measure(name, part, options) for name, part in parts.items() if name in names)
+    for name, part in parts.items():
+        if name in names:
+            yield measure(name, part, options)
 
 
 def admit(providers: Sequence[Provider], shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu",

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,19 +20,20 @@ import torch
 from benchmarks import flops
 from benchmarks.harness import (
     Clock,
+    Found,
     Options,
     Provenance,
     Report,
     Row,
     Samples,
+    attempt,
     clock_of,
-    gate,
+    compared,
     interleave_prepared,
     peak_bytes,
     peak_rss,
     quantiles,
     relative_errors,
-    release,
     timed,
 )
 from benchmarks.meta_step_providers import EAGER, FIRST_ORDER, GRAPHS, PEER, PROVIDERS, Provider, make_step
@@ -59,8 +60,8 @@ class Part:
         checked: the shape on which the providers are checked.
         timed: whether times are taken, beside peak memory.
         rounds: the most rounds, if there is a limit.
-        warmup: calls before each timed one. Where a call on a CPU takes seconds there are none: taking its peak memory
-            has warmed it up.
+        warmup: calls before each timed one. Where a call takes seconds there are none: taking its peak memory has
+            warmed it up.
         tf32: whether products of float32 may round their factors to TF32, everyone's.
         counted: whether operations are counted.
         apart: whether a process of its own measures it. glibc's allocator serves large tensors by what was freed
@@ -93,7 +94,7 @@ CUDA = {
                   torch.bfloat16, LLAMA_CHECKED),
     "paper": Part([Case(provider, PAPER) for provider in (*PROVIDERS, *GRAPHS)], torch.float32, PAPER, tf32=True),
     "long": Part([Case(provider, _LONG) for provider in _LIBRARY if provider.mode != "none"], torch.bfloat16,
-                 LLAMA_CHECKED, rounds=2),
+                 LLAMA_CHECKED, rounds=2, warmup=0),
     "flat": Part([Case(provider, shape) for shape in _FLAT for provider in PROVIDERS], torch.bfloat16, LLAMA_CHECKED,
                  timed=False, counted=False),
 }
@@ -123,20 +124,6 @@ def with_peer(part: Part) -> Part:
     """The paper's code too, wherever plain PyTorch is."""
     cases = [*part.cases, *(Case(PEER, shape) for provider, shape in part.cases if provider == EAGER)]
     return replace(part, cases=cases)
-
-
-class Found(NamedTuple):
-    """Of a case: its error and plain PyTorch's, peak memory, or why it gets no numbers."""
-
-    error: float | None = None
-    eager_error: float | None = None
-    peak: int | None = None
-    unavailable: str | None = None
-    wrong: str | None = None
-
-    @property
-    def usable(self) -> bool:
-        return self.unavailable is None and self.wrong is None
 
 
 def measure(name: str, part: Part, options: Options, clock: Clock | None = None) -> Report:
@@ -190,31 +177,17 @@ def check(provider: Provider, part: Part, device: str) -> Found:
             make_step(who, part.checked, dtype, device=device, rounded=part.dtype)()
             for who, dtype in ((plain, torch.float64), (plain, part.dtype), (provider, part.dtype)))
         ours, eager = (relative_errors(result, exact) for result in (ours, eager))
-        return Found(max(ours.values()), max(eager.values()), wrong=gate(str(provider), ours, eager))
+        return compared(str(provider), ours, eager)
 
-    return _attempt(provider, errors)
+    return attempt(str(provider), errors)
 
 
 def _peak(case: Case, checked: Found, part: Part, device: str) -> Found:
     # a graph's memory was taken when it was captured
     if not checked.usable or case.provider in GRAPHS:
         return checked
-    return _attempt(case.provider, lambda: checked._replace(
+    return attempt(str(case.provider), lambda: checked._replace(
         peak=peak_bytes(make_step(case.provider, case.shape, part.dtype, device=device), device)))
-
-
-def _attempt(provider: Provider, work: Callable[[], Found]) -> Found:
-    """What keeps plain PyTorch from running is its row's reason; an error of the library's own counts as wrong."""
-    try:
-        found = work()
-    except torch.OutOfMemoryError:
-        found = Found(unavailable="out of memory")
-    except Exception as error:
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        ours = provider.name.startswith("gradmem")
-        found = Found(wrong=f"{provider}: {reason}") if ours else Found(unavailable=reason)
-    release()
-    return found
 
 
 def _row(base: Row, part: Part, case: Case, of: Found, samples: Mapping[Case, Samples]) -> Row:

@@ -38,7 +38,9 @@ def measure(dtype: str, device: str, quick: bool = False) -> Ceilings:
     clock, before = clock_of(device), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
-        a, b, c = (torch.ones(width, width, dtype=tensor, device=device) for _ in range(3))
+        # numbers like a model's: of equal ones a GPU takes less power, and its clock is higher
+        a, b = (torch.randn(width, width, device=device).to(tensor) for _ in range(2))
+        c = torch.empty_like(a)
         product = _fastest(lambda: torch.mm(a, b, out=c), clock)
     finally:
         torch.set_float32_matmul_precision(before)

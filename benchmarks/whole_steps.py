@@ -12,21 +12,22 @@ from rich.console import Group
 from rich.table import Table
 
 from benchmarks.harness import (
+    Found,
     Options,
     Provenance,
     Report,
     Result,
     Row,
     Samples,
+    attempt,
     clock_of,
-    gate,
+    compared,
     interleave_prepared,
     mebibytes,
     peak,
     peak_bytes,
     peak_rss,
     relative_errors,
-    release,
     timed,
 )
 from benchmarks.meta_step_providers import EAGER, Provider
@@ -79,39 +80,39 @@ def measure(suite: str, cases: Sequence[Case], options: Options, check: Check, p
     """
     device, where, rows, refused, prepared = options.device, Provenance.here(options.device), {}, [], {}
     plain = next(case.provider for case in cases if case.provider.name == EAGER.name)
+    cuda = where.cuda is not None
     for case in cases:
         dtype = str(case.dtype).removeprefix("torch.")
         row = Row(suite=suite, step=case.step, provider=case.provider.name, mode=case.provider.mode, dtype=dtype,
                   shape=asdict(case.shape), checked_shape=None if case.checked is None else asdict(case.checked),
                   provenance=where)
-        try:
-            small = case._replace(shape=case.checked or case.shape)
-            exact, eager = (check(small._replace(provider=plain, exact=t), device) for t in (True, False))
-            expected, ours = (relative_errors(result, exact) for result in (eager, check(small, device)))
-            wrong = gate(f"{case.provider} {case.step}", ours, expected)
-            if wrong is not None:
-                refused.append(wrong)
-                continue
-            del exact, eager
-            # a graph's memory was taken when it was captured
-            most = None if case.provider.name.endswith("-graph") else peak_bytes(prepare(case, device), device)
-        except torch.OutOfMemoryError:
-            rows[case] = replace(row, unavailable="out of memory")
-            release()
+        name = f"{case.provider} {case.step}"
+        of = attempt(name, partial(_check, name, case, plain, check, device))
+        # a graph's memory was taken when it was captured
+        if of.usable and not case.provider.name.endswith("-graph"):
+            of = attempt(name, lambda case=case, of=of: of._replace(peak=peak_bytes(prepare(case, device), device)))
+        if of.wrong is not None:
+            refused.append(of.wrong)
             continue
-        row = replace(row, error=max(ours.values()), eager_error=max(expected.values()))
-        if where.cuda is None:
-            row = replace(row, peak_live_bytes=most, peak_rss_bytes=peak_rss(prepare, case, device))
-        else:
-            row = replace(row, peak_device_bytes=most)
-        rows[case], prepared[case] = row, partial(prepare, case, device)
-        release()
+        rows[case] = replace(
+            row, error=of.error, eager_error=of.eager_error, unavailable=of.unavailable,
+            peak_rss_bytes=peak_rss(prepare, case, device) if of.usable and not cuda else None,
+            **{"peak_device_bytes" if cuda else "peak_live_bytes": of.peak})
+        if of.usable:
+            prepared[case] = partial(prepare, case, device)
     samples = interleave_prepared(prepared, options, clock_of(device))
     for case in prepared.keys() - samples.keys():
         rows[case] = replace(rows[case], unavailable="out of memory")
     for case, times in samples.items():
         rows[case] = _timed(rows[case], times, samples.get(case._replace(provider=plain)), need(case), formulas)
     return Report(list(rows.values()), refused)
+
+
+def _check(name: str, case: Case, plain: Provider, check: Check, device: str) -> Found:
+    small = case._replace(shape=case.checked or case.shape)
+    exact, eager = (check(small._replace(provider=plain, exact=t), device) for t in (True, False))
+    expected, ours = (relative_errors(result, exact) for result in (eager, check(small, device)))
+    return compared(name, ours, expected)
 
 
 def _timed(row: Row, times: Samples, eager: Samples | None, need: Need, formulas: Mapping[str, str]) -> Row:

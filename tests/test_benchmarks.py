@@ -107,6 +107,35 @@ def test_gate_refuses_nan():
     assert harness.gate("it", {"loss": 2e-7}, {"loss": 1e-7}) is None
 
 
+def test_errors():
+    one, zero = torch.ones(4), torch.zeros(4)
+    found = harness.errors({"a": one, "b": zero, "c": one}, {"a": one / 2, "b": zero, "c": zero})
+    assert found == {"a": 1.0, "b": 0.0, "c": float("inf")}
+    assert harness.gate("it", found, {"a": 1.0, "b": 0.0, "c": 0.0}) == (
+        "it: wrong against float64: c: inf, plain PyTorch 0.0e+00")
+    with pytest.raises(ValueError, match=r"a: expected shape \[4\], got \[1, 4\]"):
+        harness.errors({"a": one[None]}, {"a": one})
+
+
+def test_what_is_measured_is_kept_whatever_comes_next(tmp_path, monkeypatch, capsys):
+    """A stage on a GPU may be stopped at any time; and reasons are not wrapped, which others read."""
+    row, reason = harness.Row("memory", "x", *EAGER, "float32", {}), "wrong " * 50
+
+    def run(options):
+        yield harness.Report([row], [reason])
+        raise KeyboardInterrupt
+
+    file = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(command.SUITES["memory"], "run", run)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "memory", "--quick", "--rows", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        command.main()
+    assert [line["step"] for line in map(json.loads, file.read_text().splitlines())] == ["x"]
+    monkeypatch.setattr(command.SUITES["memory"], "run", lambda options: [harness.Report([], [reason])])
+    assert command.main() == 1
+    assert command.REFUSED + reason in capsys.readouterr().out
+
+
 def test_peak_memory_is_flat_in_the_steps():
     """The claim of the memory suite: a recomputed step leaves its M_k, and its loss and gradient norm a sample."""
     for provider in PROVIDERS:
@@ -118,14 +147,6 @@ def test_peak_memory_is_flat_in_the_steps():
             assert growth <= 2 * 4 * QUICK.batch, (provider, growth)
         else:
             assert growth > 4 * QUICK.batch * QUICK.context_tokens * QUICK.width, (provider, growth)
-
-
-def test_interleave_times_each_step_once_a_round():
-    order = []
-    steps = {name: functools.partial(order.append, name) for name in "ab"}
-    samples = harness.interleave(steps, harness.Options(quick=True, repeats=2))
-    assert "".join(order) == "ab" + "ab" + "ba"
-    assert all(len(part) == 2 for sample in samples.values() for part in sample)
 
 
 def test_quantiles():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import cross_entropy as suite
-from benchmarks.harness import Options
+from benchmarks.harness import Options, merged
 
 QUICK = Options(quick=True, repeats=2)
 
@@ -18,7 +18,7 @@ def _no_processes(monkeypatch):
 
 
 def test_every_provider_in_every_mode():
-    report = suite.run(QUICK)
+    report = merged(suite.run(QUICK))
     assert not report.refused
     found = {(row.provider, row.mode): row for row in report.rows}
     assert set(found) == {(provider.name, mode) for provider in suite.PROVIDERS for mode in provider.modes}

@@ -25,7 +25,7 @@ def _no_processes(monkeypatch):
 
 @pytest.mark.parametrize("suite", [inner_step, end_to_end])
 def test_both_sides_compute_the_same(suite):
-    report = suite.run(OPTIONS)
+    report = harness.merged(suite.run(OPTIONS))
     assert not report.refused
     assert {row.provider for row in report.rows} == {"eager", "gradmem"}
     for row in report.rows:
@@ -41,15 +41,28 @@ def test_both_sides_compute_the_same(suite):
 def test_a_wrong_library_gets_no_time(suite, monkeypatch):
     forward = Decoder.forward
     monkeypatch.setattr(Decoder, "forward", lambda *args, **options: 1.001 * forward(*args, **options))
-    report = suite.run(OPTIONS)
+    report = harness.merged(suite.run(OPTIONS))
     assert {row.provider for row in report.rows} == {"eager"}
     assert report.refused
     assert all("wrong against float64" in reason for reason in report.refused)
 
 
+@pytest.mark.parametrize("suite", [inner_step, end_to_end])
+def test_a_library_that_raises_does_not_cost_the_others_their_rows(suite, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(Decoder, "forward", fails)
+    report = harness.merged(suite.run(OPTIONS))
+    assert {row.provider for row in report.rows} == {"eager"}
+    assert all(row.median_ms for row in report.rows)
+    assert all(reason.endswith("RuntimeError: bug") for reason in report.refused)
+    assert report.refused
+
+
 def test_rates_count_inner_steps_and_their_tokens(monkeypatch):
     monkeypatch.setattr(whole_steps, "clock_of", lambda device: lambda work: 0.5)
-    rows = inner_step.run(OPTIONS).rows
+    rows = harness.merged(inner_step.run(OPTIONS)).rows
     found = {row.shape["steps"]: row for row in rows if row.provider == "gradmem"}
     assert [found[k].steps_per_second for k in (1, 2)] == [2.0, 4.0]
     assert found[2].tokens_per_second == 2 * QUICK.batch * QUICK.context_tokens / 0.5
@@ -83,6 +96,22 @@ def test_ceilings_are_measured(monkeypatch):
     found = roofline.measure("float32", "cpu", True)
     roofline.measure.cache_clear()
     assert found == (2.0 * 128**3 / 2.0, 2**16 / 2.0)
+
+
+def test_a_ceiling_is_of_numbers_like_a_models(monkeypatch):
+    """A GPU multiplies equal numbers faster than others: its clock depends on the power that they take."""
+    seen, multiply = [], torch.mm
+
+    def watched(a, b, out):
+        seen.extend((a, b))
+        return multiply(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    roofline.measure.cache_clear()
+    roofline.measure("bfloat16", "cpu", True)
+    roofline.measure.cache_clear()
+    assert seen
+    assert all(0.9 < t.float().std() < 1.1 for t in seen)
 
 
 def test_allocators_are_told(monkeypatch):
@@ -179,7 +208,7 @@ def test_all_suites_in_turn(monkeypatch, capsys, tmp_path):
     def suite(name):
         row = harness.Row(name, "x", *Provider("eager", "y"), "float32", {})
         return types.SimpleNamespace(DEVICES=("cpu",), run=lambda options: ran.append((name, options.device)) or
-                                     harness.Report([row]), table=lambda rows: f"table of {rows[0].suite}")
+                                     [harness.Report([row])], table=lambda rows: f"table of {rows[0].suite}")
 
     monkeypatch.setattr(command, "SUITES", {name: suite(name) for name in ("one", "two")})
     monkeypatch.setattr(command, "_compile_report",
