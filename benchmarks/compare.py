@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Row, peak, quantiles
+from benchmarks.meta_step_parts import REFUSED
 from benchmarks.provenance import ROOT
 from benchmarks.rows import key, load
 
@@ -30,7 +32,10 @@ __all__ = ["arguments", "main", "prepare", "ratios", "table"]
 ROUNDS, REPEATS = 5, 3
 PACKAGES = ("gradmem_kernels", "gradmem")
 
-Times = Mapping[tuple[Any, ...], list[Row]]
+Key = tuple[Any, ...]
+#: Of each round, a side's rows by what they are about.
+Rounds = Sequence[Mapping[Key, Row]]
+Ratios = Mapping[Key, tuple[Row, Row, tuple[float, float, float]]]
 
 
 def main(revision: str, argv: Sequence[str], rounds: int | None, console: Console) -> int:
@@ -41,20 +46,19 @@ def main(revision: str, argv: Sequence[str], rounds: int | None, console: Consol
     """
     there, notes = prepare(revision)
     rounds = rounds or ROUNDS
-    found: dict[Path, dict[tuple[Any, ...], list[Row]]] = {ROOT: {}, there: {}}
+    found: dict[Path, list[Mapping[Key, Row]]] = {ROOT: [], there: []}
     for tree in found:
         _check_packages(tree)
     with console.status("measuring"):
         for k in range(rounds):
             for tree in (ROOT, there) if k % 2 == 0 else (there, ROOT):
-                for row in measure(tree, arguments(argv)):
-                    found[tree].setdefault(key(row), []).append(row)
+                found[tree].append({key(row): row for row in measure(tree, arguments(argv))})
     both = ratios(found[ROOT], found[there])
     console.print(table(both, revision))
     for note in notes:
         console.print(note, style="yellow", markup=False, highlight=False)
     for tree, other in ((ROOT, there), (there, ROOT)):
-        for missing in found[tree].keys() - found[other].keys():
+        for missing in set().union(*found[tree]) - set().union(*found[other]):
             side = "this tree" if tree == ROOT else revision
             console.print(f"only {side} has {' '.join(map(str, missing[1:5]))}", markup=False, highlight=False)
     return 0 if both else 1
@@ -86,7 +90,9 @@ def _compile(tree: Path) -> list[str]:
     """What is to be said of compiled kernels: where a side has none, rows compare other things than they seem to."""
     problem = "it has no build of them"
     if (tree / "CMakeLists.txt").exists() and (tree / "setup.py").exists():
-        built = _run([sys.executable, "setup.py", "build_ext", "--inplace"], tree)
+        # those for CUDA take minutes, and only a GPU runs them
+        cuda = os.environ.get("GRADMEM_CUDA") or ("auto" if torch.cuda.is_available() else "off")
+        built = _run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, GRADMEM_CUDA=cuda)
         problem = (built.stderr.strip().splitlines() or ["the build made none"])[-1]
     missing = [f"{side} has NO compiled CPU kernels ({why}): its ops are served by other backends"
                for side, at, why in (("the revision", tree, problem), ("this tree", ROOT, "see gradmem doctor"))
@@ -113,39 +119,41 @@ def measure(tree: Path, arguments: Sequence[str]) -> list[Row]:
         rows = Path(folder, "rows.jsonl")
         done = _run([sys.executable, "-m", "benchmarks", *arguments, "--rows", str(rows)], tree)
         found = load(rows)
-    if not found:
+    # who refuses providers ends with an error too, having said so
+    if not found or (done.returncode and REFUSED not in done.stdout):
         raise SystemExit(f"--compare: the benchmarks fail in {tree}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
     return found
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
-    """The command's words without ``--compare`` and ``--repeats``, with the repeats of a process."""
-    left, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word in ("--compare", "--repeats"):
-            skip = True
-        elif not word.startswith(("--compare=", "--repeats=")):
-            left.append(word)
+    """The command's words without ``--compare`` and ``--repeats``, with the repeats of a process and with a path that
+    does not depend on the folder."""
+    left: list[str] = []
+    words = iter([part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])])
+    for word in words:
+        if word in ("--compare", "--repeats"):
+            next(words)
+        else:
+            left += [word, os.path.abspath(next(words))] if word == "--peer-path" else [word]
     return [*left, "--repeats", str(REPEATS)]
 
 
-def ratios(here: Times, there: Times) -> dict[tuple[Any, ...], tuple[Row, Row, tuple[float, float, float]]]:
+def ratios(here: Rounds, there: Rounds) -> Ratios:
     """For each row that both sides have: the last row of each, and quantiles of this tree's time over the other's
     within a round."""
+    pairs: dict[Key, list[tuple[Row, Row]]] = {}
+    for ours, theirs in zip(here, there, strict=True):
+        for name in ours.keys() & theirs.keys():
+            pairs.setdefault(name, []).append((ours[name], theirs[name]))
     found = {}
-    for name in here.keys() & there.keys():
-        pairs = [(a.median_ms, b.median_ms) for a, b in zip(here[name], there[name], strict=False)]
-        times = [a / b for a, b in pairs if a is not None and b is not None]
-        memory = peak(here[name][-1]), peak(there[name][-1])
-        if times or all(memory):
-            quantile = quantiles(times) if times else (float("nan"),) * 3
-            found[name] = here[name][-1], there[name][-1], quantile
+    for name, of in pairs.items():
+        times = [a.median_ms / b.median_ms for a, b in of if a.median_ms is not None and b.median_ms is not None]
+        if times or all(map(peak, of[-1])):
+            found[name] = *of[-1], quantiles(times) if times else (float("nan"),) * 3
     return dict(sorted(found.items(), key=lambda item: str(item[0])))
 
 
-def table(both: Mapping[tuple[Any, ...], tuple[Row, Row, tuple[float, float, float]]], revision: str) -> Table:
+def table(both: Ratios, revision: str) -> Table:
     """A line for each row; below 1, this tree is better."""
     out = Table(title=f"this tree over {revision}: time, quantiles of the ratios within a round, and peak memory")
     for column in ("step", "provider", "mode", "shape", "ms", f"ms, {revision}", "ratio", "20 %", "80 %", "memory"):
@@ -159,8 +167,8 @@ def table(both: Mapping[tuple[Any, ...], tuple[Row, Row, tuple[float, float, flo
     return out
 
 
-def _run(command: Sequence[str], tree: Path) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """In the tree, whose packages come before any that are installed."""
     path = os.pathsep.join([str(tree), str(tree / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-                          check=False)
+    return subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True,
+                          text=True, check=False)

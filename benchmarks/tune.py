@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from benchmarks.attention import errors
 from benchmarks.attention_providers import Data, Shape, draw, head_by_head
-from benchmarks.harness import Clock, cuda_clock, gate
+from benchmarks.harness import Clock, cuda_clock, errors, gate
 from gradmem_kernels import attention, attention_dual
 from gradmem_kernels.triton.attention_configs import CONFIGS, HEAD_DIMS, KERNELS, Config, Key, choose, override
 
-__all__ = ["Found", "candidates", "entry", "main", "prepare_kernel", "search"]
+__all__ = ["Found", "candidates", "entry", "main", "prepare_kernel", "search", "spread"]
 
 #: For each class of dtypes the one that is timed, and the precision of float32 products meanwhile.
 DTYPES = {"half": (torch.bfloat16, "highest"), "tf32": (torch.float32, "high"), "float32": (torch.float32, "highest")}
@@ -63,6 +62,12 @@ def candidates(key: Key) -> list[Config]:
             if 16 <= held / (32 * warps) <= REGISTERS:
                 found += [Config(own, other, warps, stages, apart, part) for part in parts]
     return found
+
+
+def spread(configs: Sequence[Config], most: int | None) -> list[Config]:
+    """At most so many of them, at even distances."""
+    count = min(most or len(configs), len(configs))
+    return [configs[i * len(configs) // count] for i in range(count)]
 
 
 def prepare_kernel(kernel: str, data: Data, **options: Any) -> Callable[[], dict[str, Tensor]]:
@@ -147,6 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=TIMED.length, help="of the sequence timed (default %(default)s)")
     parser.add_argument("--max-candidates", type=int, metavar="N", help="of each kernel, spread over all of them")
     args = parser.parse_args(arguments)
+    for name, number in (("--length", args.length), ("--max-candidates", args.max_candidates)):
+        if number is not None and number < 1:
+            parser.error(f"{name}: expected at least 1, got {number}")
     if not torch.cuda.is_available():
         parser.error("no CUDA device here: configurations are measured on the GPU that they are for")
     # the module knows the architecture only where Triton runs
@@ -156,9 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for dtype, head_dim in itertools.product(args.dtype or DTYPES, args.head_dim or HEAD_DIMS):
         for kernel in args.kernel or KERNELS:
             key = Key(kernel, dtype, head_dim, architecture)
-            configs = candidates(key)
-            configs = configs[:: max(1, len(configs) // (args.max_candidates or len(configs)))]
-            for line in tune(key, configs, clock, args.length, device, date):
+            for line in tune(key, spread(candidates(key), args.max_candidates), clock, args.length, device, date):
                 print(line, flush=True)
     return 0
 

@@ -24,6 +24,7 @@ from benchmarks.attention_providers import (
     prepare,
 )
 from benchmarks.live_memory import peak_live_bytes
+from gradmem_kernels.backend import BackendError
 from gradmem_kernels.triton.attention_configs import HEAD_DIMS, KERNELS, Config, Key
 
 SMALL = Shape(2, 4, 2, 9, 8)
@@ -88,7 +89,7 @@ def test_wrong_results_get_no_time(monkeypatch):
 
 @pytest.mark.parametrize(("name", "raised", "refused"), [
     ("peer", ImportError("not here"), False), ("peer", AssertionError(), False), ("gradmem", RuntimeError("bug"), True),
-    ("gradmem", suite.BackendError("not served"), False),
+    ("gradmem", BackendError("not served"), False),
     ("gradmem", torch.OutOfMemoryError("all of it"), False)], ids=str)
 def test_who_does_not_run_is_named_with_the_reason(name, raised, refused, monkeypatch):
     """A peer may be missing; an error of the library's own is one."""
@@ -132,6 +133,16 @@ def test_flops():
     product = 2 * 2 * 3 * 10 * 10 * 4
     assert [shape.flops(mode) / product for mode in MODES] == [2, 5, 12, 6, 15, 28]
     assert replace(shape, causal=1).flops("step") == 14 * product
+
+
+def test_bytes():
+    """What each mode must move: q, o and their kin of 3 heads, k and v of 1."""
+    shape = Shape(2, 3, 1, 10, 4)
+    rows = 2 * 10 * 4 * 2
+    tensors = {"forward": (2, 2), "backward": (4, 4), "double_backward": (6, 6), "dual_forward": (4, 4),
+               "dual_backward": (8, 8), "step": (18, 18)}
+    for mode, (queries, keys) in tensors.items():
+        assert shape.bytes(mode, torch.bfloat16) == rows * (3 * queries + keys)
 
 
 def test_price_is_of_the_fastest_first_order():
@@ -196,7 +207,7 @@ def test_rows_of_a_gpu():
     """Their memory is the device's, and they say that the cache was flushed."""
     where = replace(harness.Provenance.here(), cuda="13.0", device="a GPU")
     base = harness.Row("attention", "attention", "", "", "bfloat16", asdict(SMALL), provenance=where)
-    row = suite._row(base, (EAGER, "step"), suite.Checked(1e-3, 1e-3, 99),
+    row = suite._row(base, (EAGER, "step"), harness.Found(1e-3, 1e-3, 99),
                      {(EAGER, "step"): harness.Samples([0.5], [7])}, SMALL, torch.bfloat16)
     assert (row.peak_device_bytes, row.peak_live_bytes, row.l2, row.median_ms) == (99, None, "flushed", 500.0)
     assert row.minor_faults is row.peak_rss_bytes is None
@@ -217,7 +228,8 @@ def test_the_commit_may_be_named(monkeypatch):
     (["attention", "--quick", "--only", "nothing"], "expected parts of small, paper, memory"),
     (["memory", "--quick", "--only", "small"], "memory has no parts"),
     (["footprint", "--quick", "--device", "cuda"], "--device: footprint runs on cpu"),
-    (["attention", "--quick", "--device", "tpu"], "--device: attention runs on cpu or cuda")],
+    (["attention", "--quick", "--device", "tpu"], "--device: attention runs on cpu or cuda"),
+    (["tune", "--max-candidates", "0"], "--max-candidates: expected at least 1, got 0")],
     ids=lambda value: value[-1] if isinstance(value, list) else "")
 def test_bad_arguments_are_refused(arguments, named, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
@@ -257,6 +269,12 @@ def test_kernels_work_alone(kernel):
         per = 2 if kernel.startswith("dual") else 1
         assert len(found) == per * len(side)
         assert all(name.removesuffix("_t")[-1] in side for name in found)
+
+
+@pytest.mark.parametrize(("most", "expected"), [
+    (None, [*range(10)]), (6, [0, 1, 3, 5, 6, 8]), (1, [0]), (99, [*range(10)])])
+def test_candidates_are_spread(most, expected):
+    assert tune.spread(range(10), most) == expected
 
 
 def test_search():
