@@ -10,8 +10,8 @@ REPORT ?=
 
 # An interpreter that has a torch for its GPU, for the targets on one, e.g. WITH=python3: nothing is installed into it.
 WITH ?=
-# What `make gpu` does, most telling first; what is done is not done again until `make gpu-again`. Each is also a target of
-# its own: `make build/gpu/headline`.
+# What `make gpu` does, most telling first; what is done is not done again until `make gpu-again`, and what was begun and
+# not finished comes last, whatever stopped it. Each is also a target of its own: `make build/gpu/headline`.
 STAGES ?= build configs headline price paper sanitize tests inner train memory long flat gqa sweep cross-entropy ops
 # When it starts nothing more: the same command goes on later.
 GPU_MINUTES ?= 10
@@ -43,6 +43,9 @@ GPU_BENCH = $(GPU_PYTHON) -m benchmarks
 GPU_OPTIONS := $(if $(GPU_DRY),--quick --device cpu,--store --device cuda)
 GPU_TESTS = $(GPU_PYTHON) -m pytest -q $(if $(GPU_DRY),,-n $(JOBS)) -p no:cacheprovider tests/gpu
 GPU_DONE = @mkdir -p $(@D) && touch $@
+# The build is not put off: the others run on it.
+GPU_BEGUN = $(filter-out build,$(foreach stage,$(STAGES),$(if $(wildcard build/gpu/$(stage).begun),$(stage))))
+GPU_ORDER = $(filter-out $(GPU_BEGUN),$(STAGES)) $(GPU_BEGUN)
 # Torch is not among them, nor what comes with it.
 PACKED := 'setuptools>=77' pybind11 cmake ninja rich typer safetensors pytest pytest-xdist hypothesis nvtx
 # Kernels for CUDA take minutes to compile, and only a GPU runs them.
@@ -131,17 +134,17 @@ gpu: $(GPU_READY) ## on a GPU: build, tests, sanitizer, benchmarks, most telling
 	@$(if $(GPU_DRY),true,$(GPU_PYTHON) -c 'import sys, torch; \
 	  sys.exit(None if torch.cuda.is_available() else "make gpu: no CUDA device here; GPU_DRY=1 goes through it without")')
 	@start=$$(date +%s); undone=; \
-	for stage in $(STAGES); do \
+	mkdir -p build/gpu; for stage in $(GPU_ORDER); do \
 	  left=$$(($(GPU_MINUTES) * 60 - $$(date +%s) + start)); \
 	  if test -e build/gpu/$$stage; then echo "gpu: $$stage is done"; \
 	  elif test $$left -lt 20; then undone="$$undone $$stage"; \
-	  else echo "gpu: $$stage, $$left s left"; \
-	    timeout $$left $(MAKE) --no-print-directory build/gpu/$$stage || undone="$$undone $$stage"; fi; \
+	  else echo "gpu: $$stage, $$left s left"; touch build/gpu/$$stage.begun; \
+	    timeout -k 10 $$left $(MAKE) --no-print-directory build/gpu/$$stage || undone="$$undone $$stage"; fi; \
 	done; \
 	test -z "$$undone" || { echo "gpu: not done:$$undone; the same command tries again"; exit 1; }
 
 gpu-again: ## forget which stages of make gpu are done
-	rm -f $(STAGES:%=build/gpu/%)
+	rm -f $(STAGES:%=build/gpu/%) $(STAGES:%=build/gpu/%.begun)
 
 gpu-pack: $(INSTALLED) ## what a machine with a GPU and no network lacks, into PACK, for its Python
 	@mkdir -p $(PACK)
@@ -157,9 +160,8 @@ $(GPU_SITE)/.unpacked:
 	@mkdir -p $(@D)
 	@if test -d $(PACK); then set -ex; \
 	  $(WITH) -m pip install -q --no-index --find-links $(PACK) --target $(@D) $(PACKED); \
-	  $(WITH) -m pip install -q --no-index --find-links $(PACK) --target $(@D) --no-deps nvidia-cutlass; \
+	  $(WITH) -m pip install -q --no-index --find-links $(PACK) --target $(@D) --no-deps nvidia-cutlass; touch $@; \
 	else echo 'no $(PACK): the interpreter itself has to have what setup.py and the tests need'; fi
-	@touch $@
 
 # What `pip install --no-build-isolation -e .` compiles, into the clone, for this GPU alone.
 build/gpu/build: $(GPU_READY)
@@ -177,8 +179,10 @@ build/gpu/tests: $(GPU_READY)
 	$(GPU_TESTS) -k 'not every_config and not every_kernel and not graph_capture'
 	$(GPU_DONE)
 
-# Few and small: under memcheck a kernel takes a hundred times as long. Without PyTorch's cache each tensor has bounds.
+# Few and small: under memcheck a kernel takes a hundred times as long. Without PyTorch's cache each tensor has bounds. The
+# tool is the toolkit's, as nvcc is.
 build/gpu/sanitize: $(GPU_READY)
+	PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; export PATH; \
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(if $(GPU_DRY),,compute-sanitizer --tool memcheck --target-processes all \
 	  --error-exitcode 1) env $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
 	  tests/gpu/test_native_rows_gpu.py tests/gpu/test_attention_gpu.py tests/gpu/test_attention_hopper_gpu.py \

@@ -235,15 +235,20 @@ class BuildExt(build_ext):
                  "GRADMEM_CUDA=off without those for CUDA")
 
 
+def _program(name: str, attribute: str) -> str | None:
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return shutil.which(name)
+    # of what pip installed with --target, ninja does not know where its program is
+    folders = getattr(module, attribute), str(Path(str(module.__file__)).parents[1] / "bin")
+    installed = (shutil.which(name, path=folder) for folder in folders if folder)
+    return next(filter(None, installed), None) or shutil.which(name)
+
+
 def tools() -> tuple[str, str, str]:
     """CMake and ninja, those that pip installed first, and the folder of pybind11's configuration for CMake."""
-    found, missing = [], []
-    for name, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
-        try:
-            installed = shutil.which(name, path=getattr(importlib.import_module(name), attribute))
-        except ImportError:
-            installed = None
-        found.append(installed or shutil.which(name))
+    found: list[str | None] = [_program("cmake", "CMAKE_BIN_DIR"), _program("ninja", "BIN_DIR")]
     try:
         found.append(importlib.import_module("pybind11").get_cmake_dir())
     except ImportError:

@@ -155,6 +155,25 @@ def test_headers_of_cutlass_are_found_without_importing_the_package(decide, tmp_
     assert found["cutlass_include"]() == str(header.parents[1])
 
 
+def test_programs_of_what_pip_installed_with_a_target(decide, tmp_path, monkeypatch):
+    """Such a ninja does not know where its program is; on a machine without another one, it is found nevertheless."""
+    site = tmp_path / "site"
+    for name, attribute in (("cmake", f"CMAKE_BIN_DIR = {str(site / 'cmake' / 'data')!r}"), ("ninja", "BIN_DIR = ''"),
+                            ("pybind11", "get_cmake_dir = lambda: 'there'")):
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").write_text(attribute + "\n")
+    for path in ("cmake/data/cmake", "bin/cmake", "bin/ninja"):
+        _script(site / path, "")
+    monkeypatch.syspath_prepend(str(site))
+    for name in ("cmake", "ninja", "pybind11"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    found = decide()["tools"]
+    assert found() == (str(site / "cmake" / "data" / "cmake"), str(site / "bin" / "ninja"), "there")
+    (site / "bin" / "ninja").unlink()
+    with pytest.raises(SystemExit, match="pip install ninja"):
+        found()
+
+
 def test_a_pure_wheel_keeps_nothing_of_an_earlier_build(tmp_path):
     for name in ("gradmem_kernels", "python", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))

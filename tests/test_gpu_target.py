@@ -93,3 +93,33 @@ def test_a_pack_is_unpacked_beside_the_interpreter(clone):
     for line in (first, second):
         assert line.startswith("-m pip install -q --no-index --find-links build/gpu-pack --target build/gpu/site ")
     assert second.endswith("--no-deps nvidia-cutlass")
+
+
+def test_what_was_begun_and_not_finished_comes_last(clone):
+    """A stage that always fails, or takes longer than there is, would have the others wait for ever."""
+    words = ["gpu", "GPU_DRY=1", "STAGES=flat inner train", "GPU_MINUTES=1"]
+    assert make(clone, *words, fail="meta-step").returncode != 0
+    (clone / "build" / "gpu" / "inner").unlink()
+    make(clone, *words, fail="inner-step")
+    order = [re.search(r"benchmarks (\S+)", line)[1] for line in calls(clone)]
+    assert order == ["meta-step", "inner-step", "end-to-end", "meta-step", "inner-step"]
+    (clone / "build" / "gpu" / "train.begun").unlink()
+    (clone / "build" / "gpu" / "train").unlink()
+    make(clone, *words, fail="inner-step")
+    assert [re.search(r"benchmarks (\S+)", line)[1] for line in calls(clone)[5:]] == ["end-to-end", "inner-step"]
+
+
+def test_a_build_that_was_stopped_still_comes_first(clone):
+    words = ["gpu", "GPU_DRY=1", "STAGES=build flat"]
+    make(clone, *words, fail="build_ext")
+    (clone / "build" / "gpu" / "flat").unlink()
+    make(clone, *words)
+    assert [line.split()[0:3] for line in calls(clone)[-3:]] == [
+        ["setup.py", "build_ext", "--inplace"], ["-m", "gradmem", "doctor"], ["-m", "benchmarks", "meta-step"]]
+
+
+def test_a_pack_may_come_later(clone):
+    assert make(clone, "gpu", "GPU_DRY=1", "STAGES=flat").returncode == 0
+    (clone / "build" / "gpu-pack").mkdir(parents=True)
+    assert make(clone, "gpu", "GPU_DRY=1", "STAGES=flat inner").returncode == 0
+    assert [line.split()[1] for line in calls(clone)] == ["benchmarks", "pip", "pip", "benchmarks"]
