@@ -45,9 +45,9 @@ def check_rates(check: Checker, lr: Any, memory: Tensor | Sequence[Tensor], step
 
 
 def rate_of_step(lr: LearningRate, i: int, k: int, memory: Tensor) -> float | Tensor:
-    """The learning rate of step ``k`` and of the ``i``-th memory tensor, ``memory``, in its dtype."""
+    """The learning rate of step ``k`` and of the ``i``-th memory tensor, ``memory``; a tensor keeps its dtype."""
     rate = lr[i] if isinstance(lr, tuple) else lr
     if not isinstance(rate, Tensor):
         return rate
     per_step = rate.dim() == 1 or rate.dim() == memory.dim() + 1
-    return (rate[k] if per_step else rate).to(memory.dtype)
+    return rate[k] if per_step else rate

@@ -93,6 +93,11 @@ def test_empty_with_a_rate_for_each_channel(backend):
     check_empty(case(backend, (2, 0, 3), (3,)))
 
 
+@pytest.mark.parametrize("lr", [(0, 1, 1), (0, 2, 1), (0, 2, 3)], ids=str)
+def test_empty_with_a_rate_for_each_sample(lr, backend):
+    check_empty(case(backend, (0, 2, 3), lr))
+
+
 @pytest.mark.parametrize("lr", [0.3, ()], ids=str)
 def test_zero_gradient_is_not_divided_by_its_norm(lr, backend):
     still = case(backend, (2, 3), lr, clip_value=1.0, clip_norm=0.5)

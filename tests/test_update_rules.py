@@ -271,6 +271,18 @@ def test_half_precision_rounds_the_memory_alone(rule: Rule, dtype: torch.dtype) 
     assert torch.equal(narrow[0], exact[0].to(dtype))
 
 
+@every_rule
+def test_a_rate_keeps_its_precision(rule: Rule) -> None:
+    """Whatever that of the memory is."""
+    lr = torch.tensor([0.1003], requires_grad=True)
+    memory, slope = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([1000.0, 7.0])
+    update, exact = rule.make(lr), rule.make(lr.double())
+    out = write(lambda m: (slope * m.float()).sum(1), memory, steps=1, update=update).memory
+    expected = write(lambda m: (slope * m).sum(1), memory.double(), steps=1, update=exact).memory
+    assert torch.equal(out, expected.to(torch.bfloat16))
+    assert torch.autograd.grad(out.sum(), lr)[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("rule", [Momentum(0.1, clip_norm=0.5), Adam(0.1, clip_norm=0.5)], ids=["momentum", "adam"])
 def test_autocast_leaves_the_rule_in_its_precision(rule: Any) -> None:
     memory, slope = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4)

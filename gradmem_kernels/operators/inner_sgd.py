@@ -128,7 +128,7 @@ def _rows(x, like):
         rate = rate.to(torch.promote_types(like.dtype, torch.float32))
         if rate.numel() == 1 or (rate.dim() == like.dim() and rate.shape[1:].numel() == 1):
             rate = rate.expand(size, *(1,) * (like.dim() - 1)).reshape(size, 1)
-        elif rate.dim() == like.dim() and rate.shape[0] > 1:
+        elif rate.dim() == like.dim() and rate.shape[0] != 1:
             rate = rate.expand(like.shape).reshape(size, width).contiguous()
         else:
             rate = rate.expand(1, *like.shape[1:]).reshape(1, width).contiguous().expand(size, width)
