@@ -14,6 +14,9 @@ from gradmem_kernels.checks import Checker
 
 __all__ = ["ClosedOver"]
 
+#: A node of autograd's graph and the number of its output.
+Edge = tuple[Any, int]
+
 
 class ClosedOver:
     """Follows the evaluations of ``loss_fn`` and tells the tensors that its gradient must reach.
@@ -39,7 +42,7 @@ class ClosedOver:
         """
         given = self.params or ()
         borders = {(p.grad_fn, p.output_nr) for p in given if p.grad_fn is not None}
-        nodes, leaves = _walk([(loss.grad_fn, 0)], borders)
+        nodes, leaves, _ = _walk([(loss.grad_fn, 0)], borders)
         leaves = {i: leaf for i, leaf in leaves.items() if all(leaf is not m for m in memory)}
         if self._first is None:
             self._first = nodes
@@ -53,10 +56,10 @@ class ClosedOver:
             if all(leaf is not p for p in given):
                 self._refuse(_describe(self.loss_fn, leaf) or f"a leaf tensor of shape {list(leaf.shape)}",
                              "add it to params=, or pass params=None to have leaves found")
-        _, behind = _walk(list(borders), set())
-        for leaf in behind.values():
-            if any(leaf is p for p in given):
-                self._refuse(_describe(self.loss_fn, leaf) or f"a leaf tensor of shape {list(leaf.shape)}",
+        _, behind, edges = _walk([edge for node, _ in borders for edge in node.next_functions], set())
+        for p in given:
+            if id(p) in behind or (p.grad_fn, p.output_nr) in edges:
+                self._refuse(_describe(self.loss_fn, p) or f"a tensor of shape {list(p.shape)}",
                              "it is reached directly and through another tensor of params=; compute that tensor "
                              "inside loss_fn, or use recompute='none'")
         return self.params
@@ -65,19 +68,21 @@ class ClosedOver:
         Checker("write").fail("params", "every tensor that requires grad and that loss_fn closes over", what, remedy)
 
 
-def _walk(edges: list[tuple[Any, int]], borders: set[tuple[Any, int]]) -> tuple[set[Any], dict[int, Tensor]]:
-    """The inner nodes and, by id, the leaf tensors that these edges lead to, not going beyond ``borders``."""
+def _walk(edges: list[Edge], borders: set[Edge]) -> tuple[set[Any], dict[int, Tensor], set[Edge]]:
+    """The inner nodes, the leaf tensors by id, and the edges that these lead to, not going beyond ``borders``."""
     nodes: set[Any] = set()
+    seen: set[Edge] = set()
     leaves: dict[int, Tensor] = {}
     todo = [edge for edge in edges if edge[0] is not None and edge not in borders]
     while todo:
-        node, _ = todo.pop()
+        node, _ = edge = todo.pop()
+        seen.add(edge)
         if hasattr(node, "variable"):
             leaves[id(node.variable)] = node.variable
         elif node not in nodes:
             nodes.add(node)
             todo += [edge for edge in node.next_functions if edge[0] is not None and edge not in borders]
-    return nodes, leaves
+    return nodes, leaves, seen
 
 
 def _describe(loss_fn: Any, wanted: Any) -> str | None:

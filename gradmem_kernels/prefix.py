@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from gradmem_kernels.checks import FLOAT_DTYPES, Checker, check_values
-from gradmem_kernels.decoder import ContextRows, Decoder, footprint, linear_dual
+from gradmem_kernels.decoder import ContextRows, Decoder, drops, footprint, linear_dual
 from gradmem_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_dual
+from gradmem_kernels.recompute import RECOMPUTE
 
 __all__ = ["Prefix", "PrefixLoss"]
 
@@ -58,8 +60,13 @@ class Prefix(nn.Module):
         weight, bias = self.projection.weight, self.projection.bias
         return weight.expand(batch, -1, -1), bias.expand(batch, -1)
 
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that all samples read: not a projection of which each has its own."""
+        return (p for name, p in self.named_parameters() if not self.per_sample or not name.startswith("projection."))
+
     def projected(self, memory: Tensor, *fast: Tensor) -> Tensor:
         """``[B, m, D] -> [B, m, D]``, by the ``fast`` weights of each sample where the prefix is per sample."""
+        self._check_fast(len(fast))
         if fast:
             weight, bias = fast
             return torch.baddbmm(bias.unsqueeze(1), memory, weight.mT)
@@ -75,6 +82,7 @@ class Prefix(nn.Module):
     def dual(self, *tensors: Tensor) -> Tensor:
         """The prefix and its tangent, stacked: ``[2, B, P, D]``; the arguments of :meth:`forward`, then tangents."""
         half = len(tensors) // 2
+        self._check_fast(half - 1)
         memory, memory_t = tensors[0], tensors[half]
         if half > 1:
             (weight, _), (weight_t, bias_t) = tensors[1:half], tensors[half + 1 :]
@@ -90,6 +98,11 @@ class Prefix(nn.Module):
         start, end = (torch.stack([t, torch.zeros_like(t)]).unsqueeze(1).expand(-1, rows.shape[1], -1, -1)
                       for t in (self.start, self.end))
         return torch.cat([start, rows, end], 2)
+
+    def _check_fast(self, count: int) -> None:
+        if count != 2 * self.per_sample:
+            Checker("Prefix").fail("fast", "weight and bias of each sample" if self.per_sample
+                                   else "nothing, as the prefix is not per sample", f"{count} tensor(s)")
 
 
 class PrefixLoss:
@@ -135,8 +148,14 @@ class PrefixLoss:
     def params(self) -> tuple[Tensor, ...]:
         """Every tensor that requires grad and that the loss reads."""
         context = (self.context_embeds,) if self._context is None else self._context.tensors
-        tensors = (*context, self.head_weight, self.head_bias, *self.prefix.parameters(), *self.decoder.parameters())
+        tensors = (*context, self.head_weight, self.head_bias, *self.prefix.shared_parameters(),
+                   *self.decoder.parameters())
         return tuple({id(t): t for t in tensors if t is not None and t.requires_grad}.values())
+
+    @property
+    def random(self) -> bool:
+        """Whether evaluations draw random numbers: an adapter's dropout in training, which the dual form refuses."""
+        return drops(self.decoder) > 0
 
     def footprint(self, *memory: Tensor, steps: int, recompute: str) -> int:
         """Bytes that ``steps`` steps of WRITE from ``memory`` and their outer backward take, about, beyond the ``M_k``.
@@ -148,7 +167,10 @@ class PrefixLoss:
 
         Source: docs/write.md.
         """
-        self._check("PrefixLoss.footprint", *memory)
+        check = self._check("PrefixLoss.footprint", *memory)
+        check.integer("steps", steps, minimum=0)
+        if recompute not in RECOMPUTE:
+            check.fail("recompute", f"one of {', '.join(RECOMPUTE)}", repr(recompute))
         batch, tokens, _ = self.context_embeds.shape
         activations = footprint(
             self.decoder.config, recompute, batch=batch, prefix_rows=self.prefix.length(memory[0].shape[1]),
@@ -184,7 +206,7 @@ class PrefixLoss:
     def __call__(self, *memory: Tensor) -> Tensor:
         """``[B, m, D] -> [B]``, in nats a token; a prefix that is per sample has ``[B, D, D], [B, D]`` besides."""
         self._check("PrefixLoss", *memory)
-        prefix = self.prefix(*map(self._cast, memory))
+        prefix = self._cast(self.prefix(*map(self._cast, memory)))
         rows = prefix if self._context is not None else torch.cat([prefix, self.context_embeds[:, :-1]], 1)
         hidden = self.decoder(rows, start=prefix.shape[1] - 1, context=self._context)
         return linear_cross_entropy(hidden, self.head_weight, self.labels, bias=self.head_bias)
@@ -200,7 +222,7 @@ class PrefixLoss:
         check = self._check("PrefixLoss.dual", *memory)
         for name, t, t_t in zip(NAMES, memory, tangents, strict=False):
             check.tangent(f"{name}_t", t_t, t)
-        prefix = self.prefix.dual(*map(self._cast, tensors))
+        prefix = self._cast(self.prefix.dual(*map(self._cast, tensors)))
         rows, rows_t = prefix.unbind()
         if self._context is None:
             tail = self.context_embeds[:, :-1]
@@ -222,9 +244,10 @@ class PrefixLoss:
             check.tensor(name, t, dims, dtypes=FLOAT_DTYPES)
         return check
 
-    def _cast(self, memory: Tensor) -> Tensor:
-        """The memory keeps its own dtype; the decoder reads it in that of the embeddings."""
-        return memory.to(self.context_embeds.dtype)
+    def _cast(self, t: Tensor) -> Tensor:
+        """The memory keeps its own dtype, autocast's products have another; the decoder reads that of the embeddings.
+        """
+        return t.to(self.context_embeds.dtype)
 
 
 def _leaf(t: Tensor) -> Tensor:

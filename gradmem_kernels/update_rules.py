@@ -14,7 +14,7 @@ from gradmem_kernels.checks import Checker
 from gradmem_kernels.inner_sgd import inner_sgd
 from gradmem_kernels.learning_rates import LearningRate, check_rates, rate_of_step
 
-__all__ = ["SGD", "UPDATE_RULES", "Adam", "Momentum", "Update", "register_update_rule", "rule_options"]
+__all__ = ["SGD", "UPDATE_RULES", "Adam", "Momentum", "Update", "register_update_rule", "rule_options", "wide_dtype"]
 
 Tensors = tuple[Tensor, ...]
 Update = Callable[[Tensors, Tensors, int], Tensors]
@@ -56,7 +56,7 @@ class _Rule:
 
     def _clipped(self, g: Tensor) -> Tensor:
         """clip(g), in float32 at least."""
-        g = g.to(_wide(g))
+        g = g.to(wide_dtype(g))
         if self.clip_value is None and self.clip_norm is None:
             return g
         # a step of length 1 from 0 is -clip(g)
@@ -221,10 +221,11 @@ def rule_options(name: str) -> dict[str, Any]:
 
 
 def _zeros(memory: Tensors) -> Tensors:
-    return tuple(torch.zeros_like(m, dtype=_wide(m)) for m in memory)
+    return tuple(torch.zeros_like(m, dtype=wide_dtype(m)) for m in memory)
 
 
-def _wide(t: Tensor) -> torch.dtype:
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """What the rules compute in: float32 at least."""
     return torch.promote_types(t.dtype, torch.float32)
 
 

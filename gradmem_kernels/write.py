@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from gradmem_kernels import backend as backends
 from gradmem_kernels.autograd import last_derivative
-from gradmem_kernels.checks import FLOAT_DTYPES, Checker
+from gradmem_kernels.checks import Checker
 from gradmem_kernels.closure import ClosedOver
-from gradmem_kernels.learning_rates import LearningRate, check_rates
+from gradmem_kernels.learning_rates import LearningRate
 from gradmem_kernels.ranges import named_range
-from gradmem_kernels.recompute import RECOMPUTE, resolve_recompute
-from gradmem_kernels.update_rules import SGD, Update
+from gradmem_kernels.recompute import resolve_recompute
+from gradmem_kernels.update_rules import Update, wide_dtype
+from gradmem_kernels.write_checks import Memory, check_arguments, checked_loss, checked_state
 
 __all__ = ["WriteOutput", "write"]
-
-Memory = Tensor | tuple[Tensor, ...]
-
-ORDERS = ("none", "first", "second")
 
 
 class WriteOutput(NamedTuple):
@@ -33,7 +29,8 @@ class WriteOutput(NamedTuple):
     Attributes:
         memory: the memory after the last step, a tensor or a tuple as it was given.
         losses: ``[steps, B]``, the loss at the memory before each step.
-        grad_norms: ``[steps, B]``, the gradient's norm over all memory tensors, before clipping, detached.
+        grad_norms: ``[steps, B]``, the gradient's norm over all memory tensors, before clipping, detached; float32 at
+            least.
     """
 
     memory: Any
@@ -47,7 +44,7 @@ class WriteOutput(NamedTuple):
 
 
 def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: LearningRate | None = None,
-          params: Sequence[Tensor] | None = None, order: str = "second", second_order_steps: int | None = None,
+          params: Iterable[Tensor] | None = None, order: str = "second", second_order_steps: int | None = None,
           recompute: str = "step", clip_value: float | None = None, clip_norm: float | None = None,
           update: Update | None = None) -> WriteOutput:
     """Takes ``steps`` steps of ``M <- M - lr * clip(dL_i/dM)`` for each sample ``i`` by itself.
@@ -61,7 +58,8 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
             ``dual(*memory, *tangents, checkpoint_layers=False, cotangents=(None, None)) -> (loss [B], loss_t [B])``
             (``cotangents``: those that the two will get, where ``None`` beside a given one is a zero), ``params``
             (the tensors that meta-gradients reach) and, if one of these is no leaf, ``detached()`` (the same loss with
-            leaves in their place): :class:`gradmem_kernels.PrefixLoss` is one.
+            leaves in their place), if its plain form draws random numbers, ``random = True`` (they are replayed):
+            :class:`gradmem_kernels.PrefixLoss` is one.
         memory: a floating-point tensor of rank 2 or more, batch first, or a tuple of them. It keeps its dtype
             (float32 recommended); ``loss_fn`` casts.
         steps: number of steps K, >= 0. With 0 the memory comes back unchanged.
@@ -94,8 +92,8 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
 
     Source: Kuratov et al., GradMem, arXiv 2603.13875; the second-order step on dual numbers in docs/write.md.
     """
-    tensors, update = _check(loss_fn, memory, steps, lr, params, order, second_order_steps, recompute, clip_value,
-                             clip_norm, update)
+    tensors, params, update = check_arguments(loss_fn, memory, steps, lr, params, order, second_order_steps, recompute,
+                                              clip_value, clip_norm, update)
     second_from = 0 if second_order_steps is None else max(0, steps - second_order_steps)
     outer_grad = torch.is_grad_enabled()
 
@@ -108,7 +106,7 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
         gradient = _Gradient(loss_fn, params, steps, recompute, outer_grad)
         attached = outer_grad and order != "none"
         with torch.set_grad_enabled(attached):
-            state = tuple(update.init(state)) if hasattr(update, "init") else state
+            state = checked_state("update.init", update.init(state), tensors) if hasattr(update, "init") else state
         losses, norms = [], []
         for k in range(steps):
             state = state if attached else _detached(state)
@@ -117,11 +115,13 @@ def write(loss_fn: Callable[..., Tensor], memory: Memory, *, steps: int, lr: Lea
                 losses.append(loss)
                 norms.append(_sample_norms(grads))
                 with torch.set_grad_enabled(attached):
-                    state = _checked_state(update(state, grads, k), tensors)
+                    state = checked_state("update", update(state, grads, k), tensors)
         state = state if attached else _detached(state)
     written = state[: len(tensors)] if isinstance(memory, tuple) else state[0]
-    none = tensors[0].new_zeros(0, tensors[0].shape[0])
-    return WriteOutput(written, torch.stack(losses) if losses else none, torch.stack(norms) if norms else none)
+    if steps == 0:
+        none = tensors[0].new_zeros(0, tensors[0].shape[0])
+        return WriteOutput(written, none, none.to(wide_dtype(none)))
+    return WriteOutput(written, torch.stack(losses), torch.stack(norms))
 
 
 class _Gradient:
@@ -143,23 +143,24 @@ class _Gradient:
                 self.inner_params = tuple(self.inner_fn.params)
         elif outer_grad and recompute != "none":
             self.closed_over = ClosedOver(loss_fn, params)
+        #: whether the loss may draw random numbers, which a recomputation has to draw again
+        self.random = outer_grad and (not self.has_dual or getattr(loss_fn, "random", False))
 
     def __call__(self, k: int, memory: tuple[Tensor, ...], second: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss ``[B]`` and the gradient of step ``k``."""
         if self.outer_grad and self.recompute == "none":
             return self._keep_graph(memory, second)
-        rng = self.outer_grad and not self.has_dual
-        if rng and _capturing(memory[0].device):
+        if self.random and _capturing(memory[0].device):
             Checker("write").fail(
-                "recompute", "'none' while a CUDA graph is captured, for a loss_fn without a dual form",
-                repr(self.recompute), "the state of the random numbers to replay cannot be read then")
-        replay = _Replay(memory[0].device, rng=rng)
+                "recompute", "'none' while a CUDA graph is captured, for a loss_fn that may draw random numbers",
+                repr(self.recompute), "their state, to be replayed, cannot be read then")
+        replay = _Replay(memory[0].device, rng=self.random)
         leaves = _leaves(memory)
         # what only the weights' gradients would need is neither computed nor stored
         with torch.enable_grad(), replay.autocast(), _frozen(self.inner_params if self.has_dual else ()):
-            loss = _checked_loss(self.inner_fn(*leaves), leaves)
+            loss = checked_loss(self.inner_fn(*leaves), leaves)
             if self.closed_over is not None:
-                self._inspect(loss, leaves, replay)
+                self._inspect(k, loss, leaves, replay)
             grads = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
         if not self.outer_grad:
             return loss.detach(), grads
@@ -170,16 +171,18 @@ class _Gradient:
     def _keep_graph(self, memory: tuple[Tensor, ...], second: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         # views: what the loss closes over, the memory itself perhaps, is not what the step differentiates by
         attached = tuple(m.view_as(m) if m.requires_grad else m.detach().requires_grad_() for m in memory)
-        loss = _checked_loss(self.loss_fn(*attached), attached)
+        loss = checked_loss(self.loss_fn(*attached), attached)
         return loss, torch.autograd.grad(loss.sum(), attached, create_graph=second, retain_graph=True,
                                          materialize_grads=True)
 
-    def _inspect(self, loss: Tensor, leaves: tuple[Tensor, ...], replay: _Replay) -> None:
+    def _inspect(self, k: int, loss: Tensor, leaves: tuple[Tensor, ...], replay: _Replay) -> None:
         assert self.closed_over is not None
         self.params = self.inner_params = self.closed_over.inspect(loss, leaves)
         if self.steps == 1:  # what was made before the call shows only in a second evaluation
             with replay():
                 self.closed_over.inspect(self.loss_fn(*leaves), leaves)
+        if k == self.steps - 1:
+            self.closed_over = None  # it holds the graph of the first step
 
 
 class _Step(NamedTuple):
@@ -302,98 +305,13 @@ def _leaves(memory: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _sample_norms(grads: Sequence[Tensor]) -> Tensor:
     """[B], over all memory tensors."""
-    norms = [torch.linalg.vector_norm(g.detach().flatten(1), dim=1).to(grads[0].dtype) for g in grads]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    # in half precision a norm overflows where no entry does
+    norms = [torch.linalg.vector_norm(g.detach().flatten(1), dim=1, dtype=wide_dtype(g)) for g in grads]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].dtype) for n in norms]), dim=0)
 
 
 def _detached(state: tuple[Any, ...]) -> tuple[Any, ...]:
     # what a rule computes here has no graph, but it may hand out a tensor that it holds
     return tuple(t.detach() if isinstance(t, Tensor) else t for t in state)
-
-
-def _checked_loss(loss: Any, memory: Sequence[Tensor]) -> Tensor:
-    check = Checker("write")
-    check.sizes["B"] = memory[0].shape[0]
-    check.tensor("loss_fn", loss, ("B",), remedy="it returns one loss for each sample, not their mean")
-    if not loss.requires_grad:
-        check.fail("loss_fn", "losses that depend on the memory", "losses without a graph",
-                   "compute them from its arguments, outside no_grad and without detach")
-    return loss
-
-
-def _checked_state(state: Any, memory: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    check = Checker("write")
-    if not isinstance(state, tuple) or len(state) < len(memory):
-        check.fail("update", f"a tuple that begins with the {len(memory)} memory tensor(s)", type(state).__name__)
-    for new, old in zip(state, memory, strict=False):
-        if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
-            check.fail("update", f"memory of shape {list(old.shape)} and dtype {old.dtype} on {old.device}",
-                       f"shape {list(new.shape)} and dtype {new.dtype} on {new.device}" if isinstance(new, Tensor)
-                       else new)
-    return state
-
-
-def _check(loss_fn: Any, memory: Memory, steps: int, lr: LearningRate | None, params: Sequence[Tensor] | None,
-           order: str, second_order_steps: int | None, recompute: str, clip_value: float | None,
-           clip_norm: float | None, update: Update | None) -> tuple[tuple[Tensor, ...], Update]:
-    """Checks every argument; returns the memory tensors and the rule."""
-    check = Checker("write")
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        check.fail("loss_fn", "a call outside torch.func transforms and forward mode", "a call inside one",
-                   "differentiate through write with torch.autograd, or transform loss_fn itself")
-    if not callable(loss_fn):
-        check.fail("loss_fn", "a callable", type(loss_fn).__name__)
-    tensors = _check_memory(check, memory)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        check.fail("steps", "an integer >= 0", steps)
-    for name, value, choices in (("order", order, ORDERS), ("recompute", recompute, (*RECOMPUTE, "auto"))):
-        if value not in choices:
-            check.fail(name, f"one of {', '.join(choices)}", repr(value))
-    if second_order_steps is not None and (not isinstance(second_order_steps, int) or second_order_steps < 0
-                                           or order != "second"):
-        check.fail("second_order_steps", "an integer >= 0, with order='second'",
-                   f"{second_order_steps} with order={order!r}")
-    has_dual = hasattr(loss_fn, "dual")
-    if has_dual and not {"cotangents", "kwargs"} & inspect.signature(loss_fn.dual).parameters.keys():
-        check.fail("loss_fn", "a dual form that takes checkpoint_layers= and cotangents=", "one without cotangents",
-                   "it may ignore them: they only spare work")
-    if recompute == "layer" and not has_dual:
-        check.fail("recompute", "'none' or 'step' for a loss_fn without a dual form", "'layer'",
-                   "give loss_fn a dual form, as PrefixLoss has")
-    if params is not None:
-        if has_dual:
-            check.fail("params", "None for a loss_fn with a dual form, which names its own", "a sequence")
-        for i, p in enumerate(params):
-            if not isinstance(p, Tensor) or not p.requires_grad:
-                check.fail(f"params[{i}]", "a tensor that requires grad",
-                           "one that does not" if isinstance(p, Tensor) else type(p).__name__)
-    for name, clip in (("clip_value", clip_value), ("clip_norm", clip_norm)):
-        if clip is not None:
-            check.number(name, clip, above=0.0)
-    if update is None:
-        if lr is None:
-            check.fail("lr", "a number or a tensor", None, "only update= goes without")
-        check_rates(check, lr, memory, steps)
-        return tensors, SGD(lr, clip_value=clip_value, clip_norm=clip_norm)
-    for name, given in (("lr", lr), ("clip_value", clip_value), ("clip_norm", clip_norm)):
-        if given is not None:
-            check.fail(name, "None with update=, whose business it is", given)
-    if not callable(update):
-        check.fail("update", "a callable", type(update).__name__)
-    if isinstance(update, type):
-        check.fail("update", "a rule", f"the class {update.__name__}", f"make one: {update.__name__}(lr=...)")
-    if hasattr(update, "check"):
-        update.check(memory, steps)
-    return tensors, update
-
-
-def _check_memory(check: Checker, memory: Memory) -> tuple[Tensor, ...]:
-    tensors = memory if isinstance(memory, tuple) else (memory,)
-    if not tensors:
-        check.fail("memory", "a tensor or a tuple of tensors", "an empty tuple")
-    for i, t in enumerate(tensors):
-        name = f"memory[{i}]" if isinstance(memory, tuple) else "memory"
-        check.tensor(name, t, ("B", "..."), dtypes=FLOAT_DTYPES)
-        if t.dim() < 2:
-            check.fail(name, "rank 2 or more, batch first", f"rank {t.dim()}")
-    return tensors

@@ -78,8 +78,13 @@ def decode(decoder: Decoder, x: Tensor) -> Tensor:
     return rms_norm(x, decoder.norm.weight, config.norm_eps)
 
 
-def prefix_rows(prefix: Prefix, memory: Tensor) -> Tensor:
-    rows = memory if prefix.projection is None else F.linear(memory, prefix.projection.weight, prefix.projection.bias)
+def prefix_rows(prefix: Prefix, memory: Tensor, *fast: Tensor) -> Tensor:
+    rows = memory
+    if fast:
+        weight, bias = fast
+        rows = (weight.unsqueeze(1) @ memory.unsqueeze(-1)).squeeze(-1) + bias.unsqueeze(1)
+    elif prefix.projection is not None:
+        rows = F.linear(memory, prefix.projection.weight, prefix.projection.bias)
     if prefix.start is None or prefix.end is None:
         return rows
     batch = len(memory)
@@ -87,8 +92,8 @@ def prefix_rows(prefix: Prefix, memory: Tensor) -> Tensor:
 
 
 def prefix_loss(decoder: Decoder, prefix: Prefix, context: Tensor, labels: Tensor, head: Tensor,
-                bias: Tensor | None, memory: Tensor) -> Tensor:
-    rows = prefix_rows(prefix, memory)
+                bias: Tensor | None, *memory: Tensor) -> Tensor:
+    rows = prefix_rows(prefix, *memory)
     hidden = decode(decoder, torch.cat([rows, context], 1))[:, rows.shape[1] - 1 : -1]
     losses = F.cross_entropy(F.linear(hidden, head, bias).transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return losses.sum(1) / (labels != -100).sum(1).clamp(min=1)

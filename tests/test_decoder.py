@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import plain
@@ -61,6 +63,27 @@ def test_dual_equals_jvp_and_its_gradient(config: DecoderConfig, checkpoint_laye
     theirs = torch.autograd.grad(y.sin().sum() + y_t.square().sum(), inputs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_checkpointed_layers_run_again_as_often_as_they_are_asked() -> None:
+    """Each time in the context that the caller has set."""
+    decoder, entered = make(SHAPES[0]), []
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        entered.append(True)
+        yield
+
+    x, x_t = (torch.randn(2, 5, 8, dtype=F64, requires_grad=True) for _ in range(2))
+    plain_dual = sum(t.sin().sum() for t in decoder.dual(x, x_t))
+    decoder.recompute_context = context
+    checkpointed = sum(t.sin().sum() for t in decoder.dual(x, x_t, checkpoint_layers=True))
+    expected = torch.autograd.grad(plain_dual, (x, x_t))
+    for _ in range(2):
+        before = len(entered)
+        for a, b in zip(torch.autograd.grad(checkpointed, (x, x_t), retain_graph=True), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert len(entered) == before + decoder.config.num_layers
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
@@ -137,6 +160,16 @@ def test_prefix(control_tokens: int, projection: bool) -> None:
     both, tangent = prefix.dual(memory, memory_t), torch.func.jvp(lambda m: plain.prefix_rows(prefix, m),
                                                                   (memory,), (memory_t,))[1]
     torch.testing.assert_close(both, torch.stack([rows, tangent]))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_fast_weights_are_those_of_the_prefix(per_sample: bool) -> None:
+    prefix, memory = Prefix(8, projection=True, per_sample=per_sample), torch.randn(2, 3, 8)
+    given, expected = ((), "weight and bias of each sample") if per_sample else (
+        (torch.randn(2, 8, 8), torch.randn(2, 8)), "nothing, as the prefix is not per sample")
+    for run, tensors in ((prefix, (memory, *given)), (prefix.dual, (memory, *given, memory, *given))):
+        with pytest.raises(ArgumentError, match=rf"Prefix: fast: expected {expected}, got {len(given)} tensor"):
+            run(*tensors)
 
 
 def test_new_projection_is_the_identity() -> None:

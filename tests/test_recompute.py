@@ -123,7 +123,24 @@ def test_footprint_of_qk_norm(mode: str) -> None:
     assert 0.5 < (estimate - plain_estimate) / (alive - plain_alive) < 1.5
 
 
+def test_footprint_leaves_out_gradients_that_a_step_does_not_make() -> None:
+    """A projection that is each sample's own gets its gradient as the memory's beginning, once."""
+    loss, memory, _ = case(1, 4, False)
+    own = torch.eye(64).expand(2, -1, -1), torch.zeros(2, 64)
+    sizes = []
+    for per_sample in (False, True):
+        loss.prefix = Prefix(64, control_tokens=2, projection=True, per_sample=per_sample)
+        sizes.append(loss.footprint(memory, *own * per_sample, steps=2, recompute="step"))
+        assert {id(loss.prefix.start), id(loss.prefix.end)} <= {id(t) for t in loss.params}
+    shared, each = sizes
+    assert shared - each == 2 * 4 * (64 * 64 + 64)
+
+
 def test_unknown_modes_are_refused() -> None:
     loss, memory, _ = case(1, 4, False)
+    with pytest.raises(ArgumentError, match=r"footprint: recompute: expected one of none, step, layer, got 'auto'"):
+        loss.footprint(memory, steps=1, recompute="auto")
+    with pytest.raises(ArgumentError, match=r"footprint: steps: expected an integer >= 0, got -1"):
+        loss.footprint(memory, steps=-1, recompute="step")
     with pytest.raises(ArgumentError, match="recompute: expected one of none, step, layer, auto, got 'some'"):
         write(loss, memory, steps=1, lr=0.1, recompute="some")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradmem_kernels import Decoder, DecoderConfig, HigherOrderError, Prefix, PrefixLoss, write
+from gradmem_kernels import Decoder, DecoderConfig, HigherOrderError, Prefix, PrefixLoss, backend, write
 from gradmem_kernels.checks import ArgumentError
 
 ORDERS = [("second", None), ("second", 1), ("second", 0), ("first", None), ("none", None)]
@@ -106,6 +106,25 @@ def test_decoder_gradients(order: str, last: int | None, recompute: str, tied: b
     assert not out.grad_norms.requires_grad
     inputs = (lr, *case.leaves)
     agree(torch.autograd.grad(outer_loss((out.memory,), out.losses), inputs, allow_unused=True),
+          torch.autograd.grad(outer_loss(memory, losses), inputs, allow_unused=True))
+
+
+@pytest.mark.parametrize(("order", "last"), ORDERS)
+@pytest.mark.parametrize("recompute", ["none", "step", "layer"])
+def test_gradients_of_a_projection_of_each_sample(order: str, last: int | None, recompute: str) -> None:
+    case = Case(per_sample=True)
+    case.labels[0] = -100  # a sample without a token: loss and gradient are 0
+    start = (case.memory, *case.prefix.fast_weights(2))
+    lr = torch.tensor([0.3, 0.2, -0.1], dtype=F64, requires_grad=True)
+    out = write(case.ours(), start, steps=3, lr=lr, order=order, second_order_steps=last, recompute=recompute)
+    memory, losses, norms = plain.write(case.plain(), start, steps=3, lr=lambda k, _: lr[k], order=order,
+                                        second_order_steps=last)
+    if order == "none":
+        memory = tuple(m.detach() for m in memory)
+    assert relative(out.grad_norms, norms) < 1e-12
+    assert torch.equal(out.memory[0][0], case.memory[0])
+    inputs = (lr, *case.leaves)
+    agree(torch.autograd.grad(outer_loss(out.memory, out.losses), inputs, allow_unused=True),
           torch.autograd.grad(outer_loss(memory, losses), inputs, allow_unused=True))
 
 
@@ -241,65 +260,6 @@ def test_no_steps(order: str) -> None:
     assert out.finite.all()
 
 
-# --- tensors that the loss closes over ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_closed_over_non_leaf_is_refused_by_name(steps: int) -> None:
-    loss = Quartic()
-    embedded = loss.w * 2.0
-
-    def closes_over(m: Tensor) -> Tensor:
-        return (m @ embedded).tanh().sum((1, 2))
-
-    with pytest.raises(ArgumentError, match=r"params.*'embedded', of shape \[4, 3\].*pass it in params="):
-        write(closes_over, loss.memory[0], steps=steps, lr=0.1)
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_closed_over_non_leaf_can_be_given(steps: int) -> None:
-    loss = Quartic()
-    embedded = loss.w * 2.0
-
-    def closes_over(m: Tensor) -> Tensor:
-        return (m @ embedded + loss.b).tanh().square().sum((1, 2))
-
-    out = write(closes_over, loss.memory[0], steps=steps, lr=0.1, params=[embedded, loss.b])
-    memory, losses, _ = plain.write(closes_over, loss.memory, steps=steps, lr=lambda k, i: 0.1)
-    agree(torch.autograd.grad(outer_loss((out.memory,), out.losses), loss.leaves, retain_graph=True),
-          torch.autograd.grad(outer_loss(memory, losses), loss.leaves))
-
-
-def test_closed_over_leaf_missing_from_params_is_refused_by_name() -> None:
-    loss = Quartic()
-    with pytest.raises(ArgumentError, match=r"params.*'b', of shape \[3\].*add it"):
-        write(loss, loss.memory[0], steps=2, lr=0.1, params=[loss.w])
-
-
-def test_leaf_reached_directly_and_through_a_given_tensor_is_refused() -> None:
-    loss = Quartic()
-    embedded = loss.w * 2.0
-
-    def closes_over(m: Tensor) -> Tensor:
-        return (m @ embedded).tanh().sum((1, 2)) + (m @ loss.w).sum((1, 2)).square()
-
-    with pytest.raises(ArgumentError, match="directly and through another"):
-        write(closes_over, loss.memory[0], steps=2, lr=0.1, params=[embedded, loss.w])
-
-
-def test_module_parameters_and_bound_methods_are_found() -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
-    memory = torch.randn(2, 3, 4, dtype=F64)
-
-    def loss(m: Tensor) -> Tensor:
-        return module(m).square().sum((1, 2))
-
-    out = write(loss, memory, steps=2, lr=0.1)
-    written, _, _ = plain.write(loss, (memory.clone(),), steps=2, lr=lambda k, i: 0.1)
-    agree(torch.autograd.grad(out.memory.square().sum(), tuple(module.parameters())),
-          torch.autograd.grad(written[0].square().sum(), tuple(module.parameters())))
-
-
 # --- replay, orders of differentiation, samples ------------------------------------------------------------------
 
 
@@ -329,6 +289,50 @@ def test_recomputation_replays_random_numbers() -> None:
         grads.append(torch.autograd.grad(out.memory.square().sum(), (loss.memory[0], loss.w)))
         assert torch.equal(state, torch.get_rng_state())
     agree(grads[1], grads[0], 1e-12)
+
+
+class Adapted(torch.nn.Module):
+    """A linear map and an adapter that drops in training, as those of peft."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.drop = linear, torch.nn.Dropout(0.5)
+        self.adapter = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.adapter(self.drop(x))
+
+
+@pytest.mark.parametrize("order", ["none", "first"])
+def test_recomputation_replays_the_dropout_of_adapters(order: str) -> None:
+    """Where the plain form runs again; the dual form refuses dropout."""
+    case = Case()
+    for name in ("gate_proj", "down_proj"):
+        case.decoder.layers[1].mlp[name] = Adapted(case.decoder.layers[1].mlp[name])
+    grads = []
+    for recompute in ("none", "step"):
+        torch.manual_seed(3)
+        out = write(case.ours(), case.memory, steps=2, lr=0.3, recompute=recompute, order=order)
+        torch.manual_seed(4)
+        grads.append(torch.autograd.grad(outer_loss((out.memory,), out.losses), case.leaves[1:], allow_unused=True))
+    agree(grads[1], grads[0], 1e-12)
+
+
+def test_layers_run_again_by_the_backend_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, select = Case(), backend.select
+    served: set[str] = set()
+
+    def record(op: str, name: str | None, *tensors: Tensor | None) -> Any:
+        kernels = select(op, name, *tensors)
+        served.add(getattr(kernels, "__name__", type(kernels).__name__))
+        return kernels
+
+    monkeypatch.setattr(backend, "select", record)
+    with backend.use_backend("reference"):
+        out = write(case.ours(), case.memory, steps=1, lr=0.2, recompute="layer")
+    out.memory.square().sum().backward()
+    assert served
+    assert all(name.startswith("gradmem_kernels.reference.") for name in served)
 
 
 def test_recomputation_replays_autocast() -> None:
@@ -381,8 +385,9 @@ def test_a_loss_may_close_over_the_memory_itself(recompute: str) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "step", "layer"])
-def test_autocast_of_a_decoder(recompute: str) -> None:
-    case = Case()
+@pytest.mark.parametrize("prefix", [{}, {"control_tokens": 0}, {"control_tokens": 0, "per_sample": True}], ids=str)
+def test_autocast_of_a_decoder(recompute: str, prefix: dict[str, Any]) -> None:
+    case = Case(**prefix)
     for module in (case.decoder, case.prefix):
         module.float()
     table, memory = (t.detach().float().requires_grad_() for t in (case.table, case.memory))
@@ -390,10 +395,10 @@ def test_autocast_of_a_decoder(recompute: str) -> None:
 
     def gradients(autocast: bool) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = write(PrefixLoss(case.decoder, case.prefix, table[case.tokens], case.labels, table), memory, steps=2,
-                        lr=0.05, recompute=recompute)
-        assert out.losses.dtype == out.memory.dtype == torch.float32
-        return torch.autograd.grad(out.memory.square().sum(), inputs)  # outside, as PyTorch advises
+            out = write(PrefixLoss(case.decoder, case.prefix, table[case.tokens], case.labels, table),
+                        (memory, *case.prefix.fast_weights(2)), steps=2, lr=0.05, recompute=recompute)
+        assert {t.dtype for t in (out.losses, *out.memory)} == {torch.float32}
+        return torch.autograd.grad(out.memory[0].square().sum(), inputs)  # outside, as PyTorch advises
 
     for low, exact in zip(gradients(True), gradients(False), strict=True):
         assert relative(low, exact) < 0.15
@@ -433,6 +438,16 @@ def test_samples_with_a_gradient_that_is_not_finite_are_reported() -> None:
     out = write(lambda m: m.sqrt().sum(1), memory, steps=2, lr=0.1)
     assert out.finite.tolist() == [True, False]
     assert out.memory[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_half_precision_do_not_overflow(dtype: torch.dtype) -> None:
+    memory = torch.ones(2, 300, 300, dtype=dtype)
+    slope = torch.tensor([300.0, 0.0], dtype=dtype)
+    out = write(lambda m: (slope[:, None, None] * m).float().sum((1, 2)), memory, steps=1, lr=1e-4)
+    assert out.finite.all()
+    torch.testing.assert_close(out.grad_norms, torch.tensor([[9e4, 0.0]]), rtol=1e-3, atol=0)
+    assert write(lambda m: m.sum((1, 2)), memory, steps=0, lr=1e-4).grad_norms.dtype == torch.float32
 
 
 # --- what is kept ------------------------------------------------------------------------------------------------
@@ -483,6 +498,16 @@ def test_no_tensor_outlives_the_output(recompute: str) -> None:
 
 # --- bad input ---------------------------------------------------------------------------------------------------
 
+class Starting:
+    """A rule whose state starts in a way of its own."""
+
+    def __init__(self, init: Callable[..., Any]) -> None:
+        self.init = init
+
+    def __call__(self, state: tuple[Tensor, ...], grads: tuple[Tensor, ...], k: int) -> tuple[Tensor, ...]:
+        return state
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"memory": [1.0]}, "memory: expected a tensor, got list"),
     ({"memory": ()}, "memory: expected a tensor or a tuple of tensors, got an empty tuple"),
@@ -501,18 +526,24 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": "fast"}, "lr: expected a number, got str"),
     ({"order": "third"}, "order: expected one of none, first, second, got 'third'"),
     ({"second_order_steps": -1}, "second_order_steps: expected an integer >= 0"),
+    ({"second_order_steps": True}, "second_order_steps: expected an integer >= 0, .* got True"),
     ({"second_order_steps": 1, "order": "first"}, "second_order_steps: .*order='second'"),
     ({"recompute": "some"}, "recompute: expected one of none, step, layer, auto, got 'some'"),
     ({"recompute": "layer"}, "recompute: .*without a dual form"),
     ({"clip_value": 0.0}, "clip_value: expected a finite number > 0, got 0.0"),
     ({"clip_norm": float("inf")}, "clip_norm: expected a finite number > 0"),
     ({"params": [torch.zeros(1)]}, r"params\[0\]: expected a tensor that requires grad"),
+    ({"params": torch.zeros(1, requires_grad=True)}, "params: expected a sequence of tensors, got Tensor"),
+    ({"params": 3}, "params: expected a sequence of tensors, got int"),
     ({"loss_fn": 3}, "loss_fn: expected a callable, got int"),
     ({"loss_fn": lambda m: m.sum()}, r"loss_fn: expected shape \[B=2\], got \[\]"),
     ({"loss_fn": lambda m: m.detach().sum((1, 2))}, "loss_fn: expected losses that depend on the memory"),
     ({"update": lambda s, g, k: s}, "lr: expected None with update="),
     ({"update": lambda s, g, k: s[0], "lr": None}, "update: expected a tuple"),
+    ({"update": lambda s, g, k: (), "lr": None}, r"update: expected a tuple that .* 1 memory .*, got a tuple of 0"),
     ({"update": lambda s, g, k: (s[0][:1],), "lr": None}, r"update: expected memory of shape \[2, 3, 4\]"),
+    ({"update": Starting(lambda m: m[0]), "lr": None}, "update.init: expected a tuple that .*, got Tensor"),
+    ({"update": Starting(lambda m: (m[0].float(),)), "lr": None, "steps": 0}, "update.init: expected memory of .*64"),
 ]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gradmem_kernels import backend as backends
 from gradmem_kernels.checks import Checker
 from gradmem_kernels.decoder.block import Block, ContextRows, LayerNames, Norm, make_norm
 from gradmem_kernels.decoder.cache import KVCache, LayerCache
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
                                         for index, layer in enumerate(borrowed.layers))
             self.norm = borrowed.norm
             self.embed_positions, self.rotary_emb = borrowed.embed_positions, borrowed.rotary_emb
-        #: entered where a checkpointed layer runs again, for what the caller had entered around :meth:`dual`
+        #: entered around a checkpointed layer, so that it runs again in what the caller had entered around :meth:`dual`
         self.recompute_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._final_norm = Norm(config)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor | None, Rope]] = {}
@@ -146,11 +147,16 @@ class Decoder(nn.Module):
         x = torch.stack([self._place("Decoder.dual", x, 0), inputs_embeds_t])
         for layer, given in zip(cast(Iterable[Block], self.layers), arguments, strict=True):
             if checkpoint_layers:
-                x = checkpoint(layer.dual, x, *given, use_reentrant=False, preserve_rng_state=False,
-                               context_fn=lambda: (nullcontext(), self.recompute_context()))
+                x = checkpoint(self._dual_again, backends.requested(), layer, x, *given, use_reentrant=False,
+                               preserve_rng_state=False)
             else:
                 x = layer.dual(x, *given)
         return split(self._final_norm.dual(self.norm, x[:, :, start:]))
+
+    def _dual_again(self, backend: str | None, layer: Block, x: Tensor, *given: Any) -> Tensor:
+        """A layer's dual form, which may run again, out of the caller's ``with`` blocks, by the same backend."""
+        with backends.use_backend(backend), self.recompute_context():
+            return layer.dual(x, *given)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``batch`` rows of up to ``capacity`` positions."""

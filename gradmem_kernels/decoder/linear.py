@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradmem_kernels.checks import Checker
 
-__all__ = ["linear_dual"]
+__all__ = ["drops", "linear_dual"]
 
 
 def linear_dual(linear: nn.Module, x: Tensor) -> Tensor:
@@ -45,9 +45,14 @@ def _weight_and_bias(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return None, None
 
 
+def drops(module: nn.Module) -> float:
+    """The largest probability with which a dropout layer in ``module`` drops now; 0 in eval mode."""
+    return max((m.p for m in module.modules() if isinstance(m, nn.Dropout) and m.training), default=0.0)
+
+
 def _refuse_dropout(linear: nn.Module) -> None:
-    for module in linear.modules():
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            Checker("linear_dual").fail(
-                type(linear).__name__, "an adapter without dropout, or in eval mode", f"dropout {module.p} in training",
-                "set it to 0.0, call .eval() on it, or keep the graph of the plain form (recompute='none')")
+    p = drops(linear)
+    if p > 0:
+        Checker("linear_dual").fail(
+            type(linear).__name__, "an adapter without dropout, or in eval mode", f"dropout {p} in training",
+            "set it to 0.0, call .eval() on it, or keep the graph of the plain form (recompute='none')")
