@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from gradmem.baselines import ForwardWriter
 from gradmem.corpus import FAILURES, MANIFEST, Manifest, MemoryCorpus, Shard, shard_name
 from gradmem.corpus_records import Failure, Record, Records, Window
 from gradmem.errors import DataError, MemoryFileError
@@ -112,8 +113,12 @@ def _room(model: GradMem) -> int | None:
     if isinstance(model.backbone, OwnForwardLM):
         return None
     positions = model.backbone.decoder.config.learned_positions
+    if positions is None:
+        return None
+    if isinstance(model, ForwardWriter):
+        return positions - model.written_rows
     # the last token is predicted and not read
-    return None if positions is None else positions + 1 - model.write_prefix.length(model.config.memory_tokens)
+    return positions + 1 - model.write_prefix.length(model.config.memory_tokens)
 
 
 def _settle(folder: Path, manifest: Manifest) -> None:

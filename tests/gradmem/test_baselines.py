@@ -46,17 +46,20 @@ def plain(model: Any, rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("control_tokens", [0, 2])
 def test_the_forward_memory_is_the_hidden_states_behind_each_context(control_tokens: int) -> None:
+    """Of [memory; context; memory] with control tokens, as in the paper's code: start and end in front, start behind."""
     model = make(ForwardWriter, control_tokens=control_tokens, memory_projection="shared")
     contexts, lengths = ids(3, 7), torch.tensor([7, 4, 1])
     memory = model.write(contexts, context_lengths=lengths).tensor
     assert memory.shape == (3, 3, WIDTH) == make(GradMem, steps=1).write(contexts).tensor.shape
-    prefix = model.write_prefix.projection(model.memory_init.unsqueeze(0))
+    before = behind = model.write_prefix.projection(model.memory_init.unsqueeze(0))
     if control_tokens:
-        prefix = torch.cat([model.write_prefix.start.unsqueeze(0), prefix], 1)
+        start, end = model.write_prefix.start.unsqueeze(0), model.write_prefix.end.unsqueeze(0)
+        before, behind = torch.cat([start, before, end], 1), torch.cat([start, before], 1)
+    assert model.written_rows == before.shape[1] + behind.shape[1]
     for i, length in enumerate(lengths.tolist()):
-        alone = torch.cat([model.backbone.embed_tokens(contexts[i : i + 1, :length]), prefix], 1)
-        expected = model.backbone.decoder(alone)[0, length + control_tokens : length + control_tokens + 3]
-        torch.testing.assert_close(memory[i], expected)
+        alone = torch.cat([before, model.backbone.embed_tokens(contexts[i : i + 1, :length]), behind], 1)
+        torch.testing.assert_close(memory[i], model.backbone.decoder(alone)[0, -3:])
+    torch.testing.assert_close(model.write(contexts).tensor[0], memory[0])
 
 
 def test_reading_from_a_forward_memory_sees_no_context() -> None:

@@ -26,6 +26,7 @@ from gradmem import (
     TransformersLM,
     write_corpus,
 )
+from gradmem.baselines import ForwardWriter
 from gradmem.cli import app
 from gradmem.corpus import FAILURES, MANIFEST
 from gradmem.experiment import Experiment
@@ -258,12 +259,15 @@ def test_another_tokenizer_is_refused(make_model: Callable[..., GradMem], tmp_pa
     assert write_corpus(make_model(), corpus, tmp_path / "out", tokenizer=KVTokenizer("xyz")).complete
 
 
-def test_contexts_fill_the_learned_positions_and_no_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "room"), [
+    (GradMem, 16 + 1 - 5),  # the last token is not read
+    (ForwardWriter, 16 - 5 - 4)])
+def test_contexts_fill_the_learned_positions_and_no_more(tmp_path: Path, kind: type[GradMem], room: int) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=12, n_embd=16, n_layer=1, n_head=2)).eval()
-    model = GradMem(TransformersLM(gpt2), GradMemConfig(memory_tokens=3, control_tokens=1)).eval()
-    room = 12 + 1 - 5  # the last token is not read
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    steps = 2 if kind is GradMem else 0
+    model = kind(TransformersLM(gpt2), GradMemConfig(memory_tokens=3, control_tokens=1, steps=steps)).eval()
     corpus = corpus_file(tmp_path / "c", [{"id": n, "context_ids": [1] * n} for n in (room, room + 1)])
     written = write_corpus(model, corpus, tmp_path / "out")
     assert list(written) == [str(room)]

@@ -1,7 +1,7 @@
 """A memory written by a forward pass, as the Recurrent Memory Transformer does for one segment.
 
-Bulatov et al., arXiv 2207.06881: learned memory vectors stand behind the segment, see all of it, and their hidden
-states in the last layer are the memory that is read.
+Bulatov et al., arXiv 2207.06881: learned memory vectors stand in front of the segment, and again behind it, where they
+see all of it; the hidden states of the latter in the last layer are the memory that is read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ __all__ = ["ForwardWriter"]
 class ForwardWriter(GradMem):
     """A :class:`gradmem.GradMem` whose WRITE is one forward pass, trained end to end.
 
-    The backbone reads ``[context; control tokens; projection(memory_init)]``; its hidden states in the last ``m`` rows,
-    after the final norm, are the memory, of GradMem's own size ``[B, m, D]``. Control tokens behind these would be seen
-    by none, so WRITE has no such. READ, memory files and generation are GradMem's.
+    The backbone reads ``[start; projection(memory_init); end; context; start; projection(memory_init)]``, with ``start``
+    and ``end`` the control tokens of WRITE; its hidden states in the last ``m`` rows, after the final norm, are the
+    memory, of GradMem's own size ``[B, m, D]``. READ, memory files and generation are GradMem's. So the context has the
+    same rows before it as the query in READ.
 
     Args:
         backbone: the language model; READ and WRITE use the same weights.
@@ -39,7 +40,12 @@ class ForwardWriter(GradMem):
         if config.steps:
             config.fail("steps", "0 for a writer without gradient steps", config.steps)
         super().__init__(backbone, config)
-        self.write_prefix.end = None
+
+    @property
+    def written_rows(self) -> int:
+        """Rows that WRITE reads beside those of the context."""
+        control = 0 if self.write_prefix.start is None else len(self.write_prefix.start)
+        return 2 * len(self.memory_init) + 3 * control
 
     def resolve_recompute(self, context_ids: Tensor) -> str:
         """There is no inner loop: autograd keeps what the forward pass made."""
@@ -51,12 +57,12 @@ class ForwardWriter(GradMem):
         if ids.is_inference() and not torch.is_inference_mode_enabled():
             ids = ids.clone()
         with named_range("write forward"):
-            vectors = self.write_prefix(self.memory_init.unsqueeze(0)).squeeze(0)
-            if self.write_prefix.start is not None:
-                vectors = torch.cat([self.write_prefix.start, vectors])
-            rows, behind = join(self.backbone.embed_tokens(ids), lengths, vectors.expand(len(ids), -1, -1))
+            before = self.write_prefix(self.memory_init.unsqueeze(0)).expand(len(ids), -1, -1)
+            behind = before[:, : self.written_rows - before.shape[1]]
+            context = torch.cat([before, self.backbone.embed_tokens(ids)], 1)
+            rows, at = join(context, None if lengths is None else lengths + before.shape[1], behind)
             hidden = self.backbone.decoder(rows)
-            at = behind[:, -len(self.memory_init):].unsqueeze(-1)
+            at = at[:, -len(self.memory_init):].unsqueeze(-1)
             memory = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))
         memory = memory.to(torch.promote_types(memory.dtype, torch.float32))
         nothing = memory.new_zeros(0, len(ids))
