@@ -46,7 +46,7 @@ def plain(model: Any, rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("control_tokens", [0, 2])
 def test_the_forward_memory_is_the_hidden_states_behind_each_context(control_tokens: int) -> None:
-    """Of [memory; context; memory] with control tokens, as in the paper's code: start and end in front, start behind."""
+    """Of [memory; context; memory] with control tokens as in the paper's code: start and end in front, start behind."""
     model = make(ForwardWriter, control_tokens=control_tokens, memory_projection="shared")
     contexts, lengths = ids(3, 7), torch.tensor([7, 4, 1])
     memory = model.write(contexts, context_lengths=lengths).tensor
