@@ -23,10 +23,10 @@ __all__ = ["ForwardWriter"]
 class ForwardWriter(GradMem):
     """A :class:`gradmem.GradMem` whose WRITE is one forward pass, trained end to end.
 
-    The backbone reads ``[start; projection(memory_init); end; context; start; projection(memory_init)]``, where ``start``
-    and ``end`` are the control tokens of WRITE; its hidden states in the last ``m`` rows, after the final norm, are the
-    memory, of GradMem's own size ``[B, m, D]``. READ, memory files and generation are GradMem's. So as many rows stand
-    before a context as before a query.
+    The backbone reads ``[start; projection(memory_init); end; context; start; projection(memory_init)]``, with the
+    control tokens of WRITE as ``start`` and ``end``; its hidden states in the last ``m`` rows, after the final norm,
+    are the memory, of GradMem's own size ``[B, m, D]``. READ, memory files and generation are GradMem's. So as many
+    rows stand before a context as before a query.
 
     Args:
         backbone: the language model; READ and WRITE use the same weights.
