@@ -220,7 +220,8 @@ class _Step(NamedTuple):
         if not pairs or not wanted:
             return (None,) * len(wanted)
         outputs, bars = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, wanted, bars, allow_unused=True)
+        with _without_hooks(self.inner_params):
+            return torch.autograd.grad(outputs, wanted, bars, allow_unused=True)
 
 
 class _RunStep(Function):
@@ -293,6 +294,22 @@ def _frozen(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p in leaves:
             p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks, and ``grad`` of what retains it, are of the whole gradient, when it arrives, and not of a step's part."""
+    hooks = [(own, dict(own)) for p in params if (own := p._backward_hooks)]
+    retained = [(p, p.grad) for p in params if p.retains_grad]
+    for own, _ in hooks:
+        own.clear()
+    try:
+        yield
+    finally:
+        for own, before in hooks:
+            own.update(before)
+        for p, grad in retained:
+            p.grad = grad
 
 
 def _capturing(device: torch.device) -> bool:

@@ -351,6 +351,19 @@ def test_recomputation_replays_autocast() -> None:
     assert set(seen) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("recompute", ["none", "step", "layer"])
+def test_hooks_of_parameters_see_the_whole_gradient(recompute: str) -> None:
+    """Once, and not what each step adds to it."""
+    case, seen = Case(), []
+    weight = case.decoder.layers[0].mlp["up_proj"].weight
+    expected = torch.autograd.grad(write(case.ours(), case.memory, steps=3, lr=0.2).memory.square().sum(), weight)
+    for i in range(2):
+        weight.register_hook(lambda g, i=i: [seen.append((i, g.clone())), g / 2][1])
+    write(case.ours(), case.memory, steps=3, lr=0.2, recompute=recompute).memory.square().sum().backward()
+    assert [i for i, _ in seen] == [0, 1]
+    agree((seen[0][1], weight.grad), (expected[0], expected[0] / 4))
+
+
 @pytest.mark.parametrize("has_dual", [False, True])
 def test_third_derivative_raises(has_dual: bool) -> None:
     case = Case() if has_dual else Quartic()

@@ -99,6 +99,20 @@ def test_tensors_of_params_may_have_one_origin() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "step"])
+def test_what_a_given_tensor_retains_is_its_whole_gradient(recompute: str) -> None:
+    loss = Quartic()
+    embedded = loss.w * 2.0
+    embedded.retain_grad()
+    seen: list[Tensor] = []
+    embedded.register_hook(seen.append)
+    out = write(lambda m: (m @ embedded).tanh().square().sum((1, 2)), loss.memory[0], steps=3, lr=0.1,
+                params=[embedded], recompute=recompute)
+    out.memory.square().sum().backward()
+    assert len(seen) == 1
+    agree((2 * embedded.grad, 2 * seen[0]), (loss.w.grad,) * 2)
+
+
+@pytest.mark.parametrize("recompute", ["none", "step"])
 def test_params_may_come_from_an_iterator(recompute: str) -> None:
     module, memory = torch.nn.Linear(4, 2).double(), torch.randn(2, 3, 4, dtype=F64)
     found = []
