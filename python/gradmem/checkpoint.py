@@ -23,6 +23,8 @@ __all__ = ["Checkpoint", "TrainState"]
 
 #: An option and the value that a run replaced, when it began, by what it stood for.
 RESOLVED = ("recompute", "auto")
+#: Options that say where files are; the trainer compares what these hold.
+_PLACES = ("data", "eval_data")
 _KIND, _VERSION = "checkpoint", 1
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
@@ -129,7 +131,8 @@ class Checkpoint:
         """
         mine = self.experiment.options()
         wrong = [f"{name}: checkpoint {mine[name]!r}, now {value!r}" for name, value in options.items()
-                 if value != mine[name] and (name, value) != RESOLVED and not self.experiment.train.may_change(name)]
+                 if value != mine[name] and (name, value) != RESOLVED and not self.experiment.train.may_change(name)
+                 and not (name in _PLACES and isinstance(mine[name], str) and isinstance(value, str))]
         if wrong:
             raise CheckpointError(f"{self.path}: made with another configuration: {'; '.join(wrong)}")
         kept = {name: mine[name] for name, value in options.items() if (name, value) == RESOLVED}

@@ -341,12 +341,18 @@ def test_training_on_files(options: Options, tmp_path: Path) -> None:
     options |= {"data": str(tmp_path / "train"), "eval_data": str(tmp_path / "test")}
     trainer = Trainer(Experiment.from_options(options), tmp_path / "run")
     trainer.run(lambda *_: signal.raise_signal(signal.SIGINT))
-    resumed = Trainer.resume(tmp_path / "run", {})
+    os.rename(tmp_path / "train", tmp_path / "moved")
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        Trainer.resume(tmp_path / "run", {})
+    resumed = Trainer.resume(tmp_path / "run", {"data": str(tmp_path / "moved")})  # what it holds is the same
     resumed.run()
     assert evaluate(resumed.model, resumed.task, 100).samples == 12
+    with pytest.raises(CheckpointError, match="data: checkpoint '.*moved', now None"):
+        Trainer.resume(tmp_path / "run", {"data": None})
+    os.rename(tmp_path / "moved", tmp_path / "train")
     (tmp_path / "train").write_text(json.dumps(lines[0]))
     with pytest.raises(CheckpointError, match="data files have changed"):
-        Trainer.resume(tmp_path / "run", {})
+        Trainer.resume(tmp_path / "run", {"data": str(tmp_path / "train")})
     with pytest.raises(ArgumentError, match="eval_data: expected a file"):
         Experiment.from_options({**options, "eval_data": None})
     with pytest.raises(DataError, match="cannot be read"):
