@@ -39,6 +39,8 @@ _FIELDS = {"n_mem_tokens": "memory_tokens", "K": "steps", "lr": "inner_lr", "gra
            "inner_clip_norm": "inner_clip_norm", "use_write_head": "write_head", "freeze_backbone": "freeze_backbone"}
 #: What the fields that GradMemGPT leaves out stand for.
 _DEFAULTS = {"n_mem_tokens": 8, "K": 2, "lr": 0.01}
+#: Values of mem_proj_mode, and of memory_projection.
+_PROJECTIONS = {"none": "none", "proj": "shared", "per_sample": "per_sample"}
 #: Fields with one value that there is a counterpart of, and why not of others.
 _ONLY: dict[str, tuple[Any, str]] = {
     "use_adam": (False, "its Adam clamps and detaches the gradient; no rule here does"),
@@ -74,13 +76,15 @@ def convert_config(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) 
             check.fail("config", f"fields of GradMemGPT: {', '.join(sorted({*_FIELDS, *_ONLY, *_OTHERS}))}", repr(name),
                        "leave the field out if it changes nothing of what the model computes")
     mode = config.get("mem_proj_mode", "none")
-    if mode not in ("none", "proj"):
-        check.fail("config['mem_proj_mode']", "'none' or 'proj'", repr(mode),
-                   "a projection of its own in READ, or one that WRITE changes and READ takes as it was, is not here")
+    if mode not in _PROJECTIONS:
+        check.fail("config['mem_proj_mode']", f"one of {', '.join(map(repr, _PROJECTIONS))}", repr(mode),
+                   "a projection of its own in READ is not here")
+    if mode == "per_sample" and "use_hopfield_memory" in config:
+        check.fail("config['mem_proj_mode']", "'none' or 'proj' of the branch with memories of segments", repr(mode),
+                   "READ there takes the projection as it was before WRITE")
     values = {**_DEFAULTS, **config}
     options = {ours: values[theirs] for theirs, ours in _FIELDS.items() if theirs in values}
-    if mode == "proj":
-        options["memory_projection"] = "shared"
+    options["memory_projection"] = _PROJECTIONS[mode]
     last = config.get("last_K_second_order")
     if last is not None and options.get("order", "second") == "second" and last < options["steps"]:
         options["second_order_steps"] = max(last, 0)
@@ -88,7 +92,8 @@ def convert_config(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) 
         weight = config.get("inner_loss_weight")
         options["inner_loss_weight"] = 1.0 if weight is None else weight
     if config.get("use_write_lora", False):
-        layers = {name.partition(".lora_A.")[0].rpartition(".")[2] for name in state_dict if ".lora_A." in name}
+        # as "attn.c_proj", which is not "mlp.c_proj"
+        layers = {re.sub(r".*\.\d+\.", "", name.partition(".lora_A.")[0]) for name in state_dict if ".lora_A." in name}
         if not layers:
             check.fail("state_dict", "lora_A matrices with use_write_lora=True", "none")
         options |= {"write_lora_rank": config.get("write_lora_r", 8),
@@ -167,7 +172,7 @@ def read_gradmem_gpt(folder: str | Path, backbone: str | None = None) -> tuple[d
     """The tensors, the configuration and a language model of the architecture of a saved ``GradMemGPT``.
 
     Args:
-        folder: has ``config.json``, and ``model.safetensors`` or ``pytorch_model.bin``.
+        folder: has ``config.json``, and ``model.safetensors``, in parts or not, or ``pytorch_model.bin``.
         backbone: name or directory of a model of its architecture; default: the one that the configuration describes.
 
     Raises:
@@ -177,7 +182,11 @@ def read_gradmem_gpt(folder: str | Path, backbone: str | None = None) -> tuple[d
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (folder / "model.safetensors").exists():
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            tensors = {name: t for part in parts for name, t in safetensors.torch.load_file(folder / part).items()}
+        elif (folder / "model.safetensors").exists():
             tensors = safetensors.torch.load_file(folder / "model.safetensors")
         else:
             tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
