@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
+from gradmem.adapters import adapter_layers
 from gradmem.files import replacing, save_tensors
 from gradmem.lm import PretrainedBackbone
 from gradmem_kernels.checks import Checker
@@ -25,9 +24,10 @@ def export_peft(memory: Memory, model: GradMem, path: Path, base_model: str | No
     """Writes what READ puts before a query, ``[P, D]``, as the adapter's virtual tokens: :meth:`Memory.export_peft`."""
     check = Checker("Memory.export_peft")
     if not isinstance(model.backbone, PretrainedBackbone):
-        check.fail("model", "a model whose backbone is a gradmem.TransformersLM", type(model.backbone).__name__,
+        check.fail("model", "a model whose backbone is a model of transformers", type(model.backbone).__name__,
                    "peft adapts models of transformers alone")
-    adapted = _adapted(model.backbone)
+    adapted = next((name for name, layer in adapter_layers(model.backbone).items()
+                    if layer.active_adapters and not (layer.merged or layer.disable_adapters)), "")
     if adapted:
         check.fail("model", "a backbone without active adapters", f"one at {adapted}",
                    "merge them into the base model (merge_and_unload), or disable those that only WRITE uses")
@@ -45,12 +45,3 @@ def export_peft(memory: Memory, model: GradMem, path: Path, base_model: str | No
     save_tensors(path / "adapter_model.safetensors", "peft", 1, {"prompt_embeddings": rows}, memory.about())
     with replacing(path / "adapter_config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _adapted(backbone: nn.Module) -> str:
-    """Where an adapter of ``peft`` takes part in the forward pass; empty if nowhere."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # not loaded: nothing of it can be in the model
-    if tuners is None:
-        return ""
-    return next((name for name, module in backbone.named_modules() if isinstance(module, tuners.BaseTunerLayer)
-                 and module.active_adapters and not (module.merged or module.disable_adapters)), "")

@@ -32,11 +32,13 @@ def refuse_first_order_kernels(op: str, model: nn.Module) -> None:
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    can_choose = getattr(model, "_can_set_attn_implementation", lambda: True)()
     for name, module in model.named_modules():
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if isinstance(implementation, str) and any(part in implementation for part in ATTENTION):
             yield ("attn_implementation", repr(implementation),
-                   "call model.set_attn_implementation('gradmem') (or 'eager')")
+                   "call model.set_attn_implementation('gradmem') (or 'eager')" if can_choose
+                   else "load the model with attn_implementation='eager', as it cannot choose later")
         if getattr(module, "use_kernels", False) is True:
             yield "use_kernels", "True", "load the model with use_kernels=False"
         for owner in (type(module), type(module).forward, module.forward):

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gradmem.adapters import adapter_layers
 from gradmem.config import GradMemConfig
+from gradmem.errors import CheckpointError
 from gradmem.hub import load_model, optional_library
 from gradmem.model import GradMem
 from gradmem.own_forward import OwnForwardLM
 from gradmem.tasks.batch import IGNORE
-from gradmem_kernels.checks import Checker
+from gradmem_kernels.checks import Checker, check_values
 
 optional_library("transformers", "gradmem.hf")
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel  # noqa: E402
@@ -73,12 +75,17 @@ class GradMemForCausalLM(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "context_input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is the mean over the labels of its own batch
+    accepts_loss_kwargs = True  # Trainer counts the labels of all micro-batches of a step: num_items_in_batch
     _supports_sdpa = _supports_attention_backend = True  # the backbone chooses its own
 
     def __init__(self, config: GradMemHFConfig, backbone: Any = None) -> None:
         super().__init__(config)
+        # Trainer would take the class's name for that of a loss which shifts labels
+        self.loss_type = None  # type: ignore[assignment]
         if backbone is None:
+            if config.base_config is None:
+                Checker("GradMemForCausalLM").fail("config.base_config", "the configuration of a backbone", None,
+                                                   "make one with from_backbone, or load what save_pretrained saved")
             backbone = AutoModelForCausalLM.from_config(config.base_config)
             if getattr(config.base_config.get_text_config(), "tie_word_embeddings", False):
                 # from_pretrained does so when everything is loaded, and the names are settled
@@ -102,15 +109,35 @@ class GradMemForCausalLM(PreTrainedModel):
     def from_backbone(cls, backbone: Any, config: GradMemConfig, *, forward: str = "auto") -> GradMemForCausalLM:
         """Around a causal language model, whose parameters are used in place, or the name or path of one.
 
-        Arguments and errors are those of :meth:`gradmem.GradMem.from_pretrained_backbone`.
+        Arguments and errors are those of :meth:`gradmem.GradMem.from_pretrained_backbone`; a backbone with adapters of
+        ``peft`` is refused as well, as loading would make one without.
         """
         model = load_model(str(backbone)) if isinstance(backbone, str) or hasattr(backbone, "__fspath__") else backbone
+        if isinstance(model, torch.nn.Module) and adapter_layers(model):
+            Checker("GradMemForCausalLM.from_backbone").fail(
+                "backbone", "a model without adapters of peft", f"one with {next(iter(adapter_layers(model)))}",
+                "merge them into the model (merge_and_unload); for adapters of WRITE alone, set write_lora_rank")
         # a configuration of its own: adapters and attention change the model's
         base = type(model.config).from_dict(model.config.to_dict())
         return cls(GradMemHFConfig(base_config=base, gradmem=config.to_dict(), backbone_forward=forward), model)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As that of any model of ``transformers``, but for tensors that the files lack.
+
+        Raises:
+            CheckpointError: naming one of these, which ``transformers`` would make up.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if info["missing_keys"]:
+            raise CheckpointError(f"{args[0] if args else 'checkpoint'}: expected all tensors of GradMemForCausalLM, "
+                                  f"got none named {min(info['missing_keys'])}")
+        return (model, info) if output_loading_info else model
+
     def forward(self, context_input_ids: Tensor, query_input_ids: Tensor, labels: Tensor | None = None,
-                context_attention_mask: Tensor | None = None, context_lengths: Tensor | None = None) -> GradMemHFOutput:
+                context_attention_mask: Tensor | None = None, context_lengths: Tensor | None = None,
+                num_items_in_batch: Tensor | int | None = None) -> GradMemHFOutput:
         """See :meth:`gradmem.GradMem.forward`.
 
         Args:
@@ -119,6 +146,9 @@ class GradMemForCausalLM(PreTrainedModel):
             labels: ``[B, T]``: the token at each position that counts for the loss, else -100; not shifted.
             context_attention_mask: ``[B, S]``, 1 for tokens and 0 for padding to their right.
             context_lengths: ``[B]``, the same as lengths; default without either: no padding.
+            num_items_in_batch: with ``labels``, the labels of all micro-batches whose gradients are added up. The loss
+                is multiplied with this batch's share of these, so that the losses add up to the mean over all labels
+                (and, of the inner losses, to a mean that weighs each micro-batch so). Default: those of this batch.
 
         Raises:
             ArgumentError: as there, for both a mask and lengths, and for a mask that is not padded right.
@@ -129,14 +159,29 @@ class GradMemForCausalLM(PreTrainedModel):
                 check.fail("context_lengths", "None with context_attention_mask", "both", "pass one of them")
             context_lengths = _lengths(check, context_attention_mask, context_input_ids)
         out = self.gradmem(context_input_ids, query_input_ids, labels, context_lengths)
-        return GradMemHFOutput(loss=out.loss, logits=out.logits, inner_losses=out.inner_losses.detach().T)
+        loss = out.loss
+        if loss is not None and labels is not None and num_items_in_batch is not None:
+            count = torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
+            loss = loss * ((labels != IGNORE).sum() / count)
+        return GradMemHFOutput(loss=loss, logits=out.logits, inner_losses=out.inner_losses.detach().T)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.gradmem.backbone.embed_tokens
 
-    def _init_weights(self, module: Any) -> None:
-        """Buffers that no file holds; parameters have their values when they are made, the backbone's by its own rules.
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """
+        Raises:
+            ArgumentError: always; heads and the saved configuration would stay as they are.
+        """
+        Checker("GradMemForCausalLM.resize_token_embeddings").fail(
+            "the model", "a backbone around which there is no GradMem yet", "GradMemForCausalLM",
+            "resize the backbone's, then call from_backbone")
+
+    def init_weights(self) -> None:
+        """Nothing: parameters have their values when they are made, those of a backbone as it was given."""
+
+    def _init_weights(self, module: Any) -> None:
+        """Buffers that no file holds."""
         if not list(module.parameters(recurse=False)) and hasattr(module, "inv_freq"):
             super()._init_weights(module)
 
@@ -210,7 +255,7 @@ class ContextCollator:
 def _lengths(check: Checker, mask: Tensor, ids: Tensor) -> Tensor:
     check.tensor("context_attention_mask", mask, ("B", "S"), dtypes=(torch.int64, torch.int32, torch.bool))
     check.same_shape("context_attention_mask", mask, "context_input_ids", ids)
-    if mask.device.type == "cpu" and bool((mask[:, 1:].int() > mask[:, :-1].int()).any()):
+    if check_values(mask) and bool((mask[:, 1:].int() > mask[:, :-1].int()).any()):
         check.fail("context_attention_mask", "padding on the right", "a 0 before a 1",
                    "use tokenizer.padding_side = 'right'")
     return mask.long().sum(1)

@@ -144,7 +144,7 @@ class Memory:
 
         Raises:
             ArgumentError: unless there is one memory, with a ``model`` that has not changed since, whose backbone is a
-                :class:`gradmem.TransformersLM` without adapters of its own.
+                model of ``transformers`` without active adapters.
             MemoryFileError: if a value is not finite.
         """
         if len(self) != 1:

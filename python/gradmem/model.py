@@ -115,7 +115,7 @@ class GradMem(nn.Module):
             ArgumentError: for a model that cannot be served so, with the field that stands against it.
             HubError, MissingExtraError: if it cannot be loaded.
         """
-        backbone, chosen = choose_backbone(model, forward, attn_implementation)
+        backbone, chosen = choose_backbone(model, config, forward, attn_implementation)
         made = cls(backbone, config)
         made.chosen = chosen
         return made

@@ -139,7 +139,13 @@ class OwnForwardLM(PretrainedBackbone):
         rows = rows.gather(1, (place % width).unsqueeze(-1).expand_as(rows))
         config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id,
                                   pad_token_id=0 if eos_token_id is None else eos_token_id)
-        tokens = self.model.generate(inputs_embeds=rows, attention_mask=(place >= 0).long(), generation_config=config)
+        # the model's own settings would stand in for what is not set here: an end, penalties, sampling
+        settings, self.model.generation_config = self.model.generation_config, config
+        try:
+            tokens = self.model.generate(inputs_embeds=rows, attention_mask=(place >= 0).long(),
+                                         generation_config=config)
+        finally:
+            self.model.generation_config = settings
         return F.pad(tokens, (0, max_new_tokens - tokens.shape[1]), value=eos_token_id or 0)
 
     def _head_name(self) -> str:

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from gradmem.config import GradMemConfig
 from gradmem.hub import load_model
 from gradmem.lm import Backbone, TransformersLM
 from gradmem.own_forward import OwnForwardLM
@@ -33,7 +34,8 @@ class Chosen:
         return {"fused": "the fused decoder", "own": "the model's own forward"}[self.forward] + f": {self.reason}"
 
 
-def choose_backbone(model: Any, forward: str, attn_implementation: str) -> tuple[Backbone, Chosen]:
+def choose_backbone(model: Any, config: GradMemConfig, forward: str,
+                    attn_implementation: str) -> tuple[Backbone, Chosen]:
     """The backbone over ``model``; see :meth:`gradmem.GradMem.from_pretrained_backbone`."""
     check = Checker("GradMem.from_pretrained_backbone")
     if forward not in FORWARDS:
@@ -48,14 +50,17 @@ def choose_backbone(model: Any, forward: str, attn_implementation: str) -> tuple
     if forward == "own":
         backbone, chosen = None, Chosen("own", "as asked")
     else:
-        backbone, chosen = _fused(model, asked=forward == "fused")
+        backbone, chosen = _fused(model, config, asked=forward == "fused")
     if backbone is None:
         backbone = OwnForwardLM(model, attn_implementation=attn_implementation)
+        runs = model.config._attn_implementation
+        if runs != attn_implementation:
+            chosen = Chosen("own", f"{chosen.reason}; its layers cannot choose their attention, and keep {runs!r}")
     _log(f"{type(model).__name__} is run by {chosen}")
     return backbone, chosen
 
 
-def _fused(model: Any, *, asked: bool) -> tuple[Backbone | None, Chosen]:
+def _fused(model: Any, config: GradMemConfig, *, asked: bool) -> tuple[Backbone | None, Chosen]:
     try:
         backbone = TransformersLM(model)
     except ArgumentError as reason:
@@ -63,6 +68,8 @@ def _fused(model: Any, *, asked: bool) -> tuple[Backbone | None, Chosen]:
             raise
         return None, Chosen("own", str(reason).partition("; ")[0])
     dropout = backbone.decoder.borrowed_dropout
+    if config.write_lora_rank and config.write_lora_dropout:
+        dropout = f"{dropout}{', ' * bool(dropout)}write_lora_dropout={config.write_lora_dropout}"
     if dropout and not asked:
         return None, Chosen("own", f"it drops in training ({dropout}), which has no dual form; load it with these set "
                                    f"to 0.0 for the fused decoder")

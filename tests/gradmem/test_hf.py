@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from gradmem import GradMemConfig  # noqa: E402
+from gradmem import CheckpointError, GradMemConfig  # noqa: E402
 from gradmem.hf import ContextCollator, GradMemForCausalLM  # noqa: E402
 from gradmem_kernels import ArgumentError  # noqa: E402
 
@@ -88,14 +89,35 @@ def test_mixed_precision_and_checkpointing(forward: str, options: dict, tmp_path
         assert other.gradmem.config.recompute == "step"
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    """Every record has as many labels, so that the mean of means is the mean."""
-    whole, parts = make(), make()
-    trainer(whole, tmp_path / "a", max_steps=1, save_strategy="no", per_device_train_batch_size=8, optim="sgd").train()
-    trainer(parts, tmp_path / "b", max_steps=1, save_strategy="no", per_device_train_batch_size=2, optim="sgd",
-            gradient_accumulation_steps=4).train()
+#: Of 1 to 4 labels, some of which are the first token of all.
+UNEVEN = [{"context": [1 + i % 5, 2, 3, 4], "query": [5] * (i % 3), "target": list(range(7, 8 + i % 4))}
+          for i in range(8)]
+
+
+@pytest.mark.parametrize(("records", "options"), [(UNEVEN, {}), (RECORDS, {"inner_loss_weight": 0.5})],
+                         ids=["uneven", "inner loss"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(records: list, options: dict, tmp_path: Path) -> None:
+    """Also where micro-batches differ in their numbers of labels, and the mean of their means is not the mean."""
+    whole, parts = make(**options), make(**options)
+    losses = []
+    for model, size in ((whole, 8), (parts, 2)):
+        run = trainer(model, tmp_path, max_steps=1, save_strategy="no", per_device_train_batch_size=size, optim="sgd",
+                      gradient_accumulation_steps=8 // size, learning_rate=1.0)
+        run.train_dataset = records
+        run.train()
+        losses.append(run.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for (name, found), expected in zip(weights(parts).items(), weights(whole).values(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_micro_batches_without_labels_add_nothing() -> None:
+    model, batch = make(), ContextCollator()(RECORDS[:2])
+    part = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert model(**part, num_items_in_batch=torch.tensor(4)).loss == 0
+    assert model(**part, num_items_in_batch=0).loss == 0
+    assert torch.equal(model(**batch, num_items_in_batch=4).loss, model(**batch).loss)
+    torch.testing.assert_close(model(**batch, num_items_in_batch=8).loss, model(**batch).loss / 2)
 
 
 def test_accelerate() -> None:
@@ -134,6 +156,61 @@ def test_options_survive_saving(forward: str, options: dict, tmp_path: Path) -> 
     batch = ContextCollator()(RECORDS[:3])
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("forward", WAYS)
+def test_a_backbone_stays_as_it_was_given(forward: str) -> None:
+    """Modules that transformers did not make itself, as a new head or LoRA, are not initialised again."""
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    base.model.layers[0].self_attn.q_proj = torch.nn.Linear(16, 16, bias=False)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    GradMemForCausalLM.from_backbone(base, GradMemConfig(memory_tokens=2), forward=forward)
+    for name, p in base.named_parameters():
+        assert torch.equal(p, before[name]), name
+    pytest.importorskip("peft")
+    second = [p for name, p in make(forward, write_lora_rank=2).named_parameters() if "lora_B" in name]
+    assert second
+    assert not any(p.any() for p in second)  # WRITE starts as that of the backbone
+
+
+@pytest.mark.parametrize("forward", WAYS)
+def test_what_could_not_be_loaded_again_is_refused(forward: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ArgumentError, match=r"backbone: expected a model without adapters of peft.*merge_and_unload"):
+        GradMemForCausalLM.from_backbone(adapted, GradMemConfig(), forward=forward)
+    model = make(forward)
+    with pytest.raises(ArgumentError, match="resize the backbone's, then call from_backbone"):
+        model.resize_token_embeddings(VOCAB + 1)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["gradmem.memory_init"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"expected all tensors .*, got none named gradmem\.memory_init"):
+        GradMemForCausalLM.from_pretrained(tmp_path)
+
+
+def test_another_model_s_files_are_refused(tmp_path: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match=r"config.base_config: expected the configuration of a backbone, got None"):
+        GradMemForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("forward", WAYS)
+def test_bfloat16_is_loaded_trained_and_saved(forward: str, tmp_path: Path) -> None:
+    make(forward).save_pretrained(tmp_path / "a")
+    model = GradMemForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16, device_map="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    batch = ContextCollator()(RECORDS[:3])
+    model.train()(**batch).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.save_pretrained(tmp_path / "b")
+    again = GradMemForCausalLM.from_pretrained(tmp_path / "b")
+    assert again.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_what_the_collator_makes() -> None:

@@ -260,6 +260,18 @@ def test_reading_writing_and_generating_by_a_model_s_own_forward() -> None:
         assert torch.equal(*both)
 
 
+def test_the_model_s_own_settings_of_generation_take_no_part() -> None:
+    made = make(build("llama"), "own")
+    settings = made.backbone.pretrained.generation_config  # type: ignore[attr-defined]
+    memory, query = made.write(CONTEXT), ids(2, 4, seed=2)
+    expected = made.generate(memory, query, max_new_tokens=5)
+    settings.eos_token_id, settings.repetition_penalty, settings.max_length = expected[0, 1].item(), 9.0, 3
+    assert torch.equal(made.generate(memory, query, max_new_tokens=5), expected)
+    settings.do_sample, settings.temperature = True, 9.0
+    assert torch.equal(made.generate(memory, query, max_new_tokens=5), expected)
+    assert made.backbone.pretrained.generation_config is settings  # type: ignore[attr-defined]
+
+
 def test_dropout_of_a_model_s_own_forward_is_replayed() -> None:
     model = build("gpt2", attn_pdrop=0.2, resid_pdrop=0.2).train()
     losses = []
@@ -293,6 +305,20 @@ def test_the_choice_is_told_and_logged_once(caplog: pytest.LogCaptureFixture) ->
         make(build("phi"), "fused")
     with pytest.raises(ArgumentError, match="forward: expected one of auto, fused, own, got 'mine'"):
         make(llama, "mine")
+
+
+def test_layers_that_cannot_choose_their_attention_are_told_of() -> None:
+    fields: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bloom = transformers.AutoModelForCausalLM.from_config(transformers.BloomConfig(
+        vocab_size=VOCAB, hidden_size=D, n_layer=1, n_head=4))
+    chosen = GradMem.from_pretrained_backbone(bloom, GradMemConfig()).chosen
+    assert chosen is not None
+    assert chosen.reason.endswith("its layers cannot choose their attention, and keep 'eager'")
+    falcon = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(**fields))
+    made = GradMem.from_pretrained_backbone(falcon, GradMemConfig())
+    with pytest.raises(ArgumentError, match="got 'sdpa'; load the model with attn_implementation='eager'"):
+        made(CONTEXT, QUERY, LABELS)
+    assert "cannot choose" not in make(build("phi"), "own").chosen.reason  # type: ignore[union-attr]
 
 
 def test_a_model_by_its_path(tmp_path: Any) -> None:
@@ -421,6 +447,16 @@ def test_the_write_adapter_is_no_part_of_what_reads(tmp_path: Any) -> None:
             torch.testing.assert_close(loaded.eval()(QUERY).logits, plain, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
+def test_dropout_of_write_adapters_takes_the_model_s_own_forward() -> None:
+    pytest.importorskip("peft")
+    made = make(build("llama"), "auto", write_lora_rank=2, write_lora_dropout=0.5, recompute="none")
+    assert made.chosen is not None
+    assert made.chosen.forward == "own"
+    assert "write_lora_dropout=0.5" in made.chosen.reason
+    assert not torch.equal(*(made.train()(CONTEXT, QUERY).memory for _ in range(2)))
+    assert torch.equal(*(made.eval()(CONTEXT, QUERY).memory for _ in range(2)))
+
+
 def test_freezing_leaves_what_gradmem_adds_and_adapters() -> None:
     pytest.importorskip("peft")
     model = build("llama")
@@ -438,6 +474,13 @@ def test_write_adapters_that_cannot_be_are_refused() -> None:
         make(build("llama"), "fused", write_lora_rank=2, write_lora_targets="wings")
     with pytest.raises(ArgumentError, match=r"write_lora_dropout: expected 0\.0 with the fused decoder.*own forward"):
         make(build("llama"), "fused", write_lora_rank=2, write_lora_dropout=0.1)
+    for forward in ("fused", "own"):
+        with pytest.raises(ArgumentError, match=r"write_lora_targets: expected names of linear layers .*, got 'wings'"):
+            make(build("llama"), forward, write_lora_rank=2, write_lora_targets="q_proj, wings")
+        with pytest.raises(ArgumentError, match=r"write_lora_targets: expected layers .*, got 'lm_head'; .*write_head"):
+            make(build("llama"), forward, write_lora_rank=2, write_lora_targets="q_proj,lm_head")
+        with pytest.raises(ArgumentError, match=r"write_lora_targets: expected layers between .*'model.embed_tokens'"):
+            make(build("llama"), forward, write_lora_rank=2, write_lora_targets="embed_tokens")
     adapted = make(build("llama"), "fused", write_lora_rank=2)
     with pytest.raises(ArgumentError, match=r"write_lora_rank: expected 0 for a model that has .*; merge them"):
         GradMem(adapted.backbone, GradMemConfig(write_lora_rank=2))

@@ -179,5 +179,5 @@ def test_a_backbone_with_adapters_of_its_own_is_refused(base: Any, tmp_path: Pat
 
 def test_the_built_in_decoder_is_refused(make_model: Any, tmp_path: Path) -> None:
     memory = make_model().write(CONTEXT[:1])
-    with pytest.raises(ArgumentError, match=r"whose backbone is a gradmem.TransformersLM, got CausalLM; peft adapts"):
+    with pytest.raises(ArgumentError, match=r"whose backbone is a model of transformers, got CausalLM; peft adapts"):
         memory.export_peft(tmp_path)
