@@ -347,7 +347,7 @@ def test_training_on_files(options: Options, tmp_path: Path) -> None:
     resumed = Trainer.resume(tmp_path / "run", {"data": str(tmp_path / "moved")})  # what it holds is the same
     resumed.run()
     assert evaluate(resumed.model, resumed.task, 100).samples == 12
-    with pytest.raises(CheckpointError, match="data: checkpoint '.*moved', now None"):
+    with pytest.raises(CheckpointError, match=r"data: checkpoint '.*moved', now None"):
         Trainer.resume(tmp_path / "run", {"data": None})
     os.rename(tmp_path / "moved", tmp_path / "train")
     (tmp_path / "train").write_text(json.dumps(lines[0]))
