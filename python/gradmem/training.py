@@ -163,7 +163,8 @@ class Trainer:
     def _save_is_due(self) -> bool:
         if self.config.save_every is not None:
             return self.state.step % self.config.save_every == 0
-        return bool(self._largest(time.perf_counter() - self._saved >= _SAVING * self._saving))
+        # the first process has the file to write, and takes longer than the others
+        return not self._largest(time.perf_counter() - self._saved < _SAVING * self._saving)
 
     def _resolve_recompute(self) -> None:
         """Puts what ``recompute="auto"`` stands for here into the configuration, which checkpoints hold."""

@@ -168,6 +168,14 @@ def test_checkpoints_take_a_twentieth_of_the_time(options: Options, tmp_path: Pa
     trainer.run()
     assert saved == [0, 19, 38, 50]
 
+    others = Trainer(Experiment.from_options({**options, "max_steps": 50, "save_every": None}), tmp_path)
+    # one of several processes that has nothing to write, and another is in no hurry for the first 30 steps
+    monkeypatch.setattr(Checkpoint, "save", lambda _, __, state, *___: saved.append(state.step))
+    monkeypatch.setattr(others, "_largest", lambda number: others.state.step < 30 if number is False else number)
+    saved.clear()
+    others.run()
+    assert saved == [0, *range(30, 51), 50]
+
 
 def test_a_signal_in_the_last_evaluation_is_heard(experiment: Experiment, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
