@@ -30,7 +30,7 @@ from torch.autograd import Function
 
 from gradmem_kernels.ranges import named_range
 
-__all__ = ["HigherOrderError", "Kernels", "LinearOp", "Op", "Tensors", "last_derivative"]
+__all__ = ["HigherOrderError", "Kernels", "LinearOp", "Op", "Tensors", "last_derivative", "needed", "note_inputs"]
 
 Tensors = tuple[Tensor | None, ...]
 Flags = tuple[bool, ...]
@@ -206,7 +206,7 @@ def _in_own_dtype(run: Callable[..., T]) -> Callable[..., T]:
     return run_without_autocast
 
 
-def _wanted(ctx: Any) -> Flags:
+def needed(ctx: Any) -> Flags:
     """``ctx.needs_input_grad``, less what the running backward pass will not use.
 
     ``autograd.grad(loss, memory)`` asks for no weight gradients although the weights require grad; torch's own nodes
@@ -223,7 +223,8 @@ def _terms_wanted(ctx: Any) -> bool:
     return any(node is not None and _will_run(node) for node, _ in forward.next_functions[:2])
 
 
-def _note_inputs(ctx: Any, inputs: Sequence[Any]) -> None:
+def note_inputs(ctx: Any, inputs: Sequence[Any]) -> None:
+    """What :func:`needed` has to know of the inputs of a Function; cotangents that are zeros will be ``None``."""
     ctx.set_materialize_grads(False)
     ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
 
@@ -252,7 +253,7 @@ class _Forward(Function):
         call, *flat = inputs
         _, x, aux = _split(flat, call.op.addends, len(call.op.x))
         y, saved = _split(output, len(call.op.y))
-        _note_inputs(ctx, inputs)
+        note_inputs(ctx, inputs)
         ctx.call, ctx.n_saved = call, len(saved)
         ctx.mark_non_differentiable(*saved)
         x, y = call.kept(x, y)
@@ -263,7 +264,7 @@ class _Forward(Function):
     def backward(ctx: Any, *y_bar: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op = ctx.call, ctx.call.op
         y_bar = y_bar[: len(op.y)]
-        wanted = _wanted(ctx)[1 : 1 + op.addends + len(op.x)]
+        wanted = needed(ctx)[1 : 1 + op.addends + len(op.x)]
         needs = op.needs(wanted)
         if all(g is None for g in y_bar) or not any(needs):
             return (None,) * (1 + op.addends + len(op.x) + len(op.aux))
@@ -305,7 +306,7 @@ class _Backward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _note_inputs(ctx, inputs)
+        note_inputs(ctx, inputs)
         ctx.call, *flat = inputs
         if ctx.call.op.addend:
             flat[-1] = None  # the sum's cotangent was added to the result: no derivative depends on it
@@ -316,7 +317,7 @@ class _Backward(Function):
     def backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op = ctx.call, ctx.call.op
         x_t = _scatter(g, call.needs)
-        x_needs, aux_needs, y_needs, saved_needs, y_bar_needs = _Backward._parts(op, _wanted(ctx)[1:])
+        x_needs, aux_needs, y_needs, saved_needs, y_bar_needs = _Backward._parts(op, needed(ctx)[1:])
         s_bar_bar: Tensors = ()
         if op.addend:  # the sum's cotangent was added to the result, so that the result's goes back to it
             x_needs = (x_needs[0] and _terms_wanted(ctx), *x_needs[1:])
@@ -389,7 +390,7 @@ class _DualForward(Function):
         op = call.op
         addend, x, x_t, aux = _split(flat, 2 * op.addends, len(op.x), len(op.x))
         y, y_t, saved = _split(output, len(op.y), len(op.y))
-        _note_inputs(ctx, inputs)
+        note_inputs(ctx, inputs)
         ctx.call = call
         ctx.mark_non_differentiable(*saved)
         x, y = call.kept(x, y)
@@ -401,7 +402,7 @@ class _DualForward(Function):
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         call, op = ctx.call, ctx.call.op
         n_x, n_aux, n_y = len(op.x), len(op.aux), len(op.y)
-        addend, x, x_t, _ = _split(_wanted(ctx)[1:], 2 * op.addends, n_x, n_x)
+        addend, x, x_t, _ = _split(needed(ctx)[1:], 2 * op.addends, n_x, n_x)
         wanted, wanted_t = (*addend[:1], *x), (*addend[1:], *x_t)
         needs, needs_t = op.needs(wanted), op.needs(wanted_t)
         bars = bars[: 2 * n_y]

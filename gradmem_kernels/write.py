@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gradmem_kernels import backend as backends
-from gradmem_kernels.autograd import last_derivative
+from gradmem_kernels.autograd import last_derivative, needed, note_inputs
 from gradmem_kernels.checks import Checker
 from gradmem_kernels.closure import ClosedOver
 from gradmem_kernels.learning_rates import LearningRate
@@ -201,27 +201,34 @@ class _Step(NamedTuple):
 
         With u the gradient's cotangent, <u, grad L> is the tangent of L along u: differentiate that.
         """
-        loss_fn, leaves = self.gradient.inner_fn, _leaves(memory)
+        leaves = _leaves(memory)
+        unasked = [p for p, need in zip(self.inner_params, needs[len(leaves) :], strict=True) if not need]
+        with _frozen(unasked):
+            pairs = [(y, y_bar) for y, y_bar in self._pairs(leaves, loss_bar, grad_bars)
+                     if y_bar is not None and y.requires_grad]
+            wanted = [t for t, need in zip((*leaves, *self.inner_params), needs, strict=True) if need]
+            if not pairs or not wanted:
+                return (None,) * len(wanted)
+            outputs, bars = zip(*pairs, strict=True)
+            with _without_hooks(self.inner_params):
+                return torch.autograd.grad(outputs, wanted, bars, allow_unused=True)
+
+    def _pairs(self, leaves: tuple[Tensor, ...], loss_bar: Tensor | None,
+               grad_bars: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
+        """What to differentiate by the leaves and the params, and the cotangent of each."""
+        loss_fn = self.gradient.inner_fn
         with torch.enable_grad(), self.replay():
             if all(u is None for u in grad_bars):
-                pairs = [(loss_fn(*leaves), loss_bar)]
-            elif self.gradient.has_dual:
+                return [(loss_fn(*leaves), loss_bar)]
+            if self.gradient.has_dual:
                 tangents = [torch.zeros_like(m) if u is None else u for m, u in zip(leaves, grad_bars, strict=True)]
                 ones = leaves[0].new_ones(leaves[0].shape[0])
                 loss, loss_t = loss_fn.dual(*leaves, *tangents, checkpoint_layers=self.gradient.recompute == "layer",
                                             cotangents=(loss_bar, ones))
-                pairs = [(loss_t, ones.to(loss_t.dtype)), (loss, loss_bar)]
-            else:
-                loss = loss_fn(*leaves)
-                grads = torch.autograd.grad(loss.sum(), leaves, create_graph=True, materialize_grads=True)
-                pairs = [*zip(grads, grad_bars, strict=True), (loss, loss_bar)]
-        pairs = [(y, y_bar) for y, y_bar in pairs if y_bar is not None and y.requires_grad]
-        wanted = [t for t, need in zip((*leaves, *self.inner_params), needs, strict=True) if need]
-        if not pairs or not wanted:
-            return (None,) * len(wanted)
-        outputs, bars = zip(*pairs, strict=True)
-        with _without_hooks(self.inner_params):
-            return torch.autograd.grad(outputs, wanted, bars, allow_unused=True)
+                return [(loss_t, ones.to(loss_t.dtype)), (loss, loss_bar)]
+            loss = loss_fn(*leaves)
+            grads = torch.autograd.grad(loss.sum(), leaves, create_graph=True, materialize_grads=True)
+            return [*zip(grads, grad_bars, strict=True), (loss, loss_bar)]
 
 
 class _RunStep(Function):
@@ -230,7 +237,7 @@ class _RunStep(Function):
     @staticmethod
     def forward(ctx: Any, step: _Step, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.step, ctx.n_memory = step, len(step.values) - 1
-        ctx.set_materialize_grads(False)
+        note_inputs(ctx, (step, *tensors))
         ctx.save_for_backward(*tensors)
         values = tuple(step.values)
         step.values.clear()  # kept, they would close a cycle through their own graph
@@ -238,9 +245,9 @@ class _RunStep(Function):
 
     @staticmethod
     def backward(ctx: Any, loss_bar: Tensor | None, *grad_bars: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
+        needs = needed(ctx)[1:]
         n = ctx.n_memory
-        if loss_bar is None and all(u is None for u in grad_bars):
+        if not any(needs) or (loss_bar is None and all(u is None for u in grad_bars)):
             return (None,) * (1 + len(needs))
 
         def compute(loss_bar: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -147,6 +147,38 @@ def test_write_does_no_weight_gradient_work(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(needs[0] and not any(needs[1:]) for needs in asked)
 
 
+@pytest.mark.parametrize("recompute", ["step", "layer"])
+def test_outer_backward_does_no_work_for_gradients_that_are_not_asked_for(recompute: str,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradmem_kernels.reference import linear_cross_entropy, rms_norm
+
+    monkeypatch.setattr(backends, "BACKENDS", ("reference",))
+    decoder, prefix = make(SHAPES[0]), Prefix(8, dtype=F64)
+    table = torch.randn(5, 8, dtype=F64, requires_grad=True)
+    memory, tokens = torch.randn(2, 3, 8, dtype=F64, requires_grad=True), torch.randint(5, (2, 4))
+    out = write(PrefixLoss(decoder, prefix, table[tokens], tokens, table), memory, steps=2, lr=0.1, recompute=recompute)
+    weights = (table, *decoder.parameters())
+    expected, *_ = torch.autograd.grad(out.memory.square().sum(), (memory, *weights), retain_graph=True)
+    asked: list[tuple[bool, ...]] = []
+    for module in (rms_norm, linear_cross_entropy):
+        def spy(*args: Any, dual_backward: Any = module.dual_backward, **options: Any) -> Any:
+            asked.append(args[8])
+            return dual_backward(*args, **options)
+
+        monkeypatch.setattr(module, "dual_backward", spy)
+
+    def head(*args: Any, dual_forward: Any = linear_cross_entropy.dual_forward, **options: Any) -> Any:
+        asked.append(options["early"][:3])
+        return dual_forward(*args, **options)
+
+    monkeypatch.setattr(linear_cross_entropy, "dual_forward", head)
+    found, = torch.autograd.grad(out.memory.square().sum(), memory)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    assert len(asked) == 2 * (2 * 2 + 1 + 2)
+    assert all(needs[0] and not any(needs[1:]) for needs in asked)
+    assert all(p.requires_grad for p in weights)
+
+
 @pytest.mark.parametrize("control_tokens", [0, 2])
 @pytest.mark.parametrize("projection", [False, True])
 def test_prefix(control_tokens: int, projection: bool) -> None:
