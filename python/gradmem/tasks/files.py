@@ -140,6 +140,20 @@ def _chunks(path: str, tokenizer: Tokenizer, size: int) -> list[Row]:
     return rows
 
 
+def _digest(*parts: Sequence[Row]) -> str:
+    """SHA-256 of what is learned from: without the answers that generated text is scored by.
+
+    It is that of ``repr`` of the lists of rows, which are not all written out at once.
+    """
+    digest = hashlib.sha256()
+    for i, rows in enumerate(parts):
+        digest.update(b"], [" if i else b"[[")
+        for j, row in enumerate(rows):
+            digest.update(f"{', ' if j else ''}{tuple(row[:4])!r}".encode())
+    digest.update(b"]]")
+    return digest.hexdigest()
+
+
 class FileTask:
     """Batches of examples from files. Each training batch is a function of ``seed`` and its number alone.
 
@@ -158,9 +172,7 @@ class FileTask:
         self.seed = seed
         self._train = rows
         self._held_out = rows if held_out is None else held_out
-        # of what is learned from: without the answers that generated text is scored by
-        self.digest = hashlib.sha256(repr([[tuple(row[:4]) for row in part] for part in (self._train, self._held_out)])
-                                     .encode()).hexdigest()
+        self.digest = _digest(self._train, self._held_out)
 
     def __len__(self) -> int:
         """Examples to evaluate on."""
