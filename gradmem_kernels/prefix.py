@@ -215,14 +215,18 @@ class PrefixLoss:
              cotangents: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
         """The loss and its tangent, each ``[B]``, of the memory's tensors and, behind them, as many tangents.
 
+        A tangent that is ``None`` is a known zero.
         ``cotangents``: those of the two, each ``[B]``, if they are known beforehand; ``None`` beside a given one is a
         zero. The head's products are then done in one sweep over the logits.
         """
         memory, tangents = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         check = self._check("PrefixLoss.dual", *memory)
+        if len(tangents) != len(memory):
+            check.fail("tangents", f"{len(memory)}, one of each tensor of the memory", len(tangents))
         for name, t, t_t in zip(NAMES, memory, tangents, strict=False):
             check.tangent(f"{name}_t", t_t, t)
-        prefix = self._cast(self.prefix.dual(*map(self._cast, tensors)))
+        zeros = (torch.zeros_like(t) if t_t is None else t_t for t, t_t in zip(memory, tangents, strict=True))
+        prefix = self._cast(self.prefix.dual(*map(self._cast, (*memory, *zeros))))
         rows, rows_t = prefix.unbind()
         if self._context is None:
             tail = self.context_embeds[:, :-1]
@@ -236,7 +240,7 @@ class PrefixLoss:
 
     def _check(self, op: str, *memory: Tensor) -> Checker:
         check = Checker(op)
-        check.sizes.update(B=self.context_embeds.shape[0], D=self.context_embeds.shape[2])
+        check.tensor("context_embeds", self.context_embeds, ("B", "S", "D"))  # the memory has its device
         count = 3 if self.prefix.per_sample else 1
         if len(memory) != count:
             check.fail("memory", f"{count} tensor(s): {', '.join(NAMES[:count])}", len(memory))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -134,7 +134,8 @@ class Adam(_Rule):
         M <- M - lr * (u + weight_decay * M)
 
     The moments are part of the state that outer gradients flow through, in float32 at least. Where ``v = 0``, the
-    square root without ``eps_root`` has no derivative, but ``u`` has one, ``1 / eps`` times that of ``m``, and gets it.
+    square root without ``eps_root`` has no derivative, but ``u`` has one, ``1 / eps`` times that of ``m``, and gets it
+    (with ``beta2 = 0`` it may have a kink there, and this is the slope in its middle).
     ``du/dg`` is as large as that near 0: a larger ``eps`` or ``eps_root`` keeps meta-gradients small.
 
     Args:
@@ -182,7 +183,8 @@ class Adam(_Rule):
     def _root(self, v: Tensor) -> Tensor:
         if self.eps_root:
             return (v + self.eps_root).sqrt()
-        # m is 0 where v is: whatever finite derivative the root has there, that of m / (root + eps) is dm / eps
+        # m is 0 where v is, unless beta2 is: whatever finite derivative the root has there, that of m / (root + eps) is
+        # dm / eps; of a kink, as of |h|, the one in the middle is 0
         zero = v == 0
         return torch.where(zero, 0, torch.where(zero, 1, v).sqrt())
 
@@ -205,9 +207,10 @@ def register_update_rule(name: str, rule: Callable[..., Update]) -> None:
     check = Checker("register_update_rule")
     if not isinstance(name, str) or not name:
         check.fail("name", "a name", repr(name))
-    if not callable(rule) or "lr" not in inspect.signature(rule).parameters:
+    parameters = _parameters(rule)
+    if "lr" not in parameters:
         check.fail("rule", "a callable that takes lr", repr(rule))
-    for option, parameter in inspect.signature(rule).parameters.items():
+    for option, parameter in parameters.items():
         if option != "lr" and parameter.default is parameter.empty:
             check.fail("rule", "a default for every option but lr", option, "functools.partial gives it one")
     if UPDATE_RULES.setdefault(name, rule) is not rule:
@@ -216,8 +219,15 @@ def register_update_rule(name: str, rule: Callable[..., Update]) -> None:
 
 def rule_options(name: str) -> dict[str, Any]:
     """The options of the rule of that name, beside ``lr``, and their defaults."""
-    parameters = inspect.signature(UPDATE_RULES[name]).parameters
-    return {option: p.default for option, p in parameters.items() if option != "lr"}
+    return {option: p.default for option, p in _parameters(UPDATE_RULES[name]).items() if option != "lr"}
+
+
+def _parameters(rule: Any) -> Mapping[str, inspect.Parameter]:
+    """None of what is no callable, or does not tell."""
+    try:
+        return inspect.signature(rule).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def _zeros(memory: Tensors) -> Tensors:

@@ -109,6 +109,8 @@ def _check_memory(check: Checker, memory: Memory) -> Tensors:
         check.tensor(name, t, ("B", "..."), dtypes=FLOAT_DTYPES)
         if t.dim() < 2:
             check.fail(name, "rank 2 or more, batch first", f"rank {t.dim()}")
+        if t.device != tensors[0].device:
+            check.fail(name, f"the device of memory[0], {tensors[0].device}", t.device)
     return tensors
 
 

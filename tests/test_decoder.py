@@ -220,6 +220,18 @@ def test_half_precision_decoder_keeps_the_memory_in_float32() -> None:
     assert table.grad.dtype == torch.bfloat16
 
 
+def test_a_tangent_of_the_loss_may_be_a_known_zero() -> None:
+    loss = PrefixLoss(**loss_arguments(prefix=Prefix(8, projection=True, per_sample=True, dtype=F64),
+                                       context_embeds=torch.randn(2, 4, 8, dtype=F64),
+                                       head_weight=torch.randn(5, 8, dtype=F64)))
+    memory = torch.randn(2, 3, 8, dtype=F64), *(torch.randn(2, *shape, dtype=F64) for shape in ((8, 8), (8,)))
+    weight_t = torch.randn(2, 8, 8, dtype=F64)
+    found = loss.dual(*memory, None, weight_t, None)
+    zeros = [torch.zeros_like(t) for t in memory]
+    assert all(map(torch.equal, found, loss.dual(*memory, zeros[0], weight_t, zeros[2])))
+    assert found[1].all()
+
+
 def loss_arguments(**changed: Any) -> dict[str, Any]:
     return {"decoder": make(SHAPES[0]), "prefix": Prefix(8, dtype=F64),
             "context_embeds": torch.zeros(2, 4, 8, dtype=F64), "labels": torch.zeros(2, 4, dtype=torch.int64),
@@ -246,6 +258,16 @@ def test_bad_loss_input(changed: dict[str, Any], message: str) -> None:
 def test_memory_that_does_not_fit_the_loss(shape: tuple[int, ...]) -> None:
     with pytest.raises(ArgumentError, match=r"PrefixLoss: memory: expected shape \[B=2, m, D=8\]"):
         write(PrefixLoss(**loss_arguments()), torch.zeros(shape, dtype=F64), steps=1, lr=0.1)
+
+
+def test_tensors_that_do_not_fit_the_loss() -> None:
+    loss, memory = PrefixLoss(**loss_arguments()), torch.zeros(2, 3, 8, dtype=F64)
+    for call, message in ((lambda: loss(memory.to("meta")), "PrefixLoss: memory: expected the device of "),
+                          (lambda: loss(memory, memory), r"PrefixLoss: memory: expected 1 tensor\(s\): memory, got 2"),
+                          (lambda: loss.dual(memory, memory, memory), "dual: tangents: expected 1, .*, got 2"),
+                          (lambda: loss.dual(memory, memory.float()), "dual: memory_t: expected a tangent of")):
+        with pytest.raises(ArgumentError, match=message):
+            call()
 
 
 class Adapted(torch.nn.Module):

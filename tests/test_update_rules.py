@@ -345,6 +345,7 @@ def test_names_of_rules() -> None:
         UPDATE_RULES.pop("lion", None)
     for name, rule, message in (("adam", lion, "name: expected one that no other rule has, got 'adam'"),
                                 ("", lion, "name: expected a name"), ("x", 3, "rule: expected a callable that takes"),
+                                ("x", dict, "rule: expected a callable that takes lr, got <class 'dict'>"),
                                 ("x", lambda rate: None, "rule: expected a callable that takes lr"),
                                 ("x", lambda lr, beta: None, "rule: expected a default for every option but lr, got b"),
                                 ("x", lambda lr, **options: None, "a default for every option but lr, got options")):

@@ -525,6 +525,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"memory": [1.0]}, "memory: expected a tensor, got list"),
     ({"memory": ()}, "memory: expected a tensor or a tuple of tensors, got an empty tuple"),
     ({"memory": torch.zeros(2, 3, dtype=torch.int64)}, "memory: expected dtype .*, got int64"),
+    ({"memory": (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))},
+     r"memory\[1\]: expected the device of memory\[0\], cpu, got meta"),
     ({"memory": torch.zeros(3)}, "memory: expected rank 2 or more"),
     ({"steps": -1}, "steps: expected an integer >= 0, got -1"),
     ({"steps": 1.5}, "steps: expected an integer >= 0, got 1.5"),
