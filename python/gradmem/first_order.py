@@ -18,6 +18,8 @@ PACKAGES = ("apex", "causal_conv1d", "cut_cross_entropy", "fla", "flash_attn", "
             "mamba_ssm", "quack", "transformer_engine", "unsloth", "xformers")
 #: Parts of names of attention implementations without a second derivative; "/" names a kernel of the hub.
 ATTENTION = ("flash", "flex", "sdpa", "paged", "/")
+#: Implementations of experts that are kernels of the hub.
+EXPERTS = ("deepgemm", "sonicmoe")
 
 
 def refuse_first_order_kernels(op: str, model: nn.Module) -> None:
@@ -39,6 +41,10 @@ def _found(model: nn.Module) -> Iterator[tuple[str, str, str]]:
             yield ("attn_implementation", repr(implementation),
                    "call model.set_attn_implementation('gradmem') (or 'eager')" if can_choose
                    else "load the model with attn_implementation='eager', as it cannot choose later")
+        experts = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        if experts in EXPERTS:
+            yield ("experts_implementation", repr(experts),
+                   "call model.set_experts_implementation('grouped_mm') (or 'eager')")
         if getattr(module, "use_kernels", False) is True:
             yield "use_kernels", "True", "load the model with use_kernels=False"
         for owner in (type(module), type(module).forward, module.forward):

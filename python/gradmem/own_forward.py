@@ -66,6 +66,7 @@ class OwnForwardLM(PretrainedBackbone):
         text = settings.get_text_config()
         self.heads, self.layers = getattr(text, "num_attention_heads", 1), text.num_hidden_layers
         self._keeps_logits = "logits_to_keep" in arguments
+        self._growing = [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
 
     @property
     def pretrained(self) -> Any:
@@ -111,6 +112,7 @@ class OwnForwardLM(PretrainedBackbone):
     def logits(self, rows: Tensor, start: int, head: Tensor | None = None) -> Tensor:
         """See :meth:`gradmem.lm.Backbone.logits`; ``head [V, D]`` takes the place of the head's weight."""
         count = rows.shape[1] - start
+        self._shrink()
         if self.adapter is not None:
             for module in self.model.modules():
                 if hasattr(module, "_gradient_checkpointing_func"):
@@ -139,6 +141,7 @@ class OwnForwardLM(PretrainedBackbone):
         rows = rows.gather(1, (place % width).unsqueeze(-1).expand_as(rows))
         config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id,
                                   pad_token_id=0 if eos_token_id is None else eos_token_id)
+        self._shrink()
         # the model's own settings would stand in for what is not set here: an end, penalties, sampling
         settings, self.model.generation_config = self.model.generation_config, config
         try:
@@ -147,6 +150,17 @@ class OwnForwardLM(PretrainedBackbone):
         finally:
             self.model.generation_config = settings
         return F.pad(tokens, (0, max_new_tokens - tokens.shape[1]), value=eos_token_id or 0)
+
+    def _shrink(self) -> None:
+        """Takes from dynamic rotary embeddings what longer sequences before have made of them.
+
+        What is computed shall depend on its rows alone, also where it is computed again.
+        """
+        for module in self._growing:
+            kinds = [f"{kind}_" for kind in module.rope_type] if isinstance(module.rope_type, dict) else [""]
+            for kind in kinds:
+                setattr(module, f"{kind}inv_freq", getattr(module, f"{kind}original_inv_freq").clone())
+                setattr(module, f"{kind}max_seq_len_cached", module.original_max_seq_len)
 
     def _head_name(self) -> str:
         head = self.model.get_output_embeddings()

@@ -224,6 +224,30 @@ def test_the_paper_s_options_on_both_ways(family: str, forward: str, options: di
     assert_equals_eager(model, make(model, forward, **options))
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize("config", [
+    lambda: transformers.LlamaConfig(**{**GROUPED, "max_position_embeddings": 8}, rope_parameters=DYNAMIC),
+    lambda: transformers.Gemma3TextConfig(
+        **{**GROUPED, "max_position_embeddings": 8}, layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 10.0}, "full_attention": DYNAMIC}),
+], ids=["llama", "gemma3"])
+def test_what_is_computed_does_not_depend_on_what_was_before(config: Callable[[], Any]) -> None:
+    """Dynamic rotary embeddings change with the longest sequence that they have seen."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config()).double().eval()
+    longer, found = ids(2, 14, seed=3), []
+    for recompute in ("none", "step"):
+        made = make(model, "auto", recompute=recompute)
+        before = made.write(CONTEXT).tensor
+        found.append(gradients(made(CONTEXT, longer, longer).loss, made))  # READ is longer than WRITE, which runs again
+        made.write(ids(2, 30))
+        assert torch.equal(made.write(CONTEXT).tensor, before)
+    for name, expected in found[0].items():
+        assert_same(found[1][name], expected, name)
+
+
 @pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")
 @pytest.mark.parametrize("recompute", ["none", "step"])
 def test_gradient_checkpointing_of_a_model_s_own_forward(recompute: str) -> None:
@@ -402,6 +426,10 @@ def test_attention_without_a_second_derivative_is_refused(name: str) -> None:
         made(CONTEXT, QUERY, LABELS)
     model.set_attn_implementation("eager")
     assert made(CONTEXT, QUERY, LABELS).loss.isfinite()
+    model.config._experts_implementation_internal = "sonicmoe"
+    with pytest.raises(ArgumentError, match=r"experts_implementation: expected .*'sonicmoe'; call model.set_experts"):
+        made(CONTEXT, QUERY, LABELS)
+    model.config._experts_implementation_internal = None
     model._use_kernels = True  # what its property reads
     with pytest.raises(ArgumentError, match=r"use_kernels: expected .*got True; load the model with use_kernels=False"):
         made(CONTEXT, QUERY, LABELS)
