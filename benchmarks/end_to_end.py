@@ -141,14 +141,16 @@ def _answers(model: GradMem | EagerGradMem, batch: Batch, new: int) -> Callable[
 
 
 def check(case: Case, device: str) -> Result:
-    """The training loss and its gradients, from which the optimizer steps; of answers, the query's logits."""
+    """The training loss and its gradients, from which the optimizer steps; of answers, the
+    tokens, and the query's logits."""
     model, batch = _model_and_batch(case, device)
     plain = isinstance(model, EagerGradMem)
     if case.step == "answer":
         query = batch.query_ids[:, 0]
         memory = model.write(batch.context_ids)
         logits = (model.logits(memory, query) if plain else model.read(memory, query, next_token=True)).detach()
-        return logits.norm(), {"logits": logits}
+        tokens = _answers(model, batch, make_task(case.shape).config.value_length)()
+        return logits.norm(), {"logits": logits, "tokens": tokens.double()}
     loss = model(batch) if plain else model(batch.context_ids, batch.query_ids, batch.labels).loss
     loss.backward()
     names = model.decoder if plain else model.backbone.decoder

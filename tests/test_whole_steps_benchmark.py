@@ -13,6 +13,7 @@ from benchmarks import end_to_end, harness, inner_step, meta_step_parts, peer, p
 from benchmarks.meta_step import admit
 from benchmarks.meta_step_providers import EAGER, PEER, PROVIDERS, Provider, make_step
 from benchmarks.shapes import QUICK, Shape
+from gradmem import GradMem
 from gradmem_kernels import Decoder
 
 OPTIONS = harness.Options(quick=True, repeats=2)
@@ -58,6 +59,16 @@ def test_a_library_that_raises_does_not_cost_the_others_their_rows(suite, monkey
     assert all(row.median_ms for row in report.rows)
     assert all(reason.endswith("RuntimeError: bug") for reason in report.refused)
     assert report.refused
+
+
+def test_wrong_answers_get_no_time(monkeypatch):
+    """What is timed is what is checked: the tokens, not the logits of one pass alone."""
+    generate = GradMem.generate
+    monkeypatch.setattr(GradMem, "generate", lambda *args, **options: generate(*args, **options) + 1)
+    report = harness.merged(end_to_end.run(OPTIONS))
+    reason, = report.refused
+    assert "gradmem step answer: wrong against float64: tokens" in reason
+    assert {row.provider for row in report.rows if row.step == "answer"} == {"eager"}
 
 
 def test_rates_count_inner_steps_and_their_tokens(monkeypatch):
