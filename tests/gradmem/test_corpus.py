@@ -369,6 +369,8 @@ def test_the_command_writes_a_corpus_and_reads_a_record(checkpoint: Path, tmp_pa
     result = run("write", checkpoint, "--input", corpus, "-o", tmp_path / "other")
     assert result.exit_code == 1
     assert f"20 memories, 1 failed: see {tmp_path / 'other' / FAILURES}" in result.output
+    assert run("write", checkpoint, "--input", corpus, "-o", tmp_path / "other", "--retry-failed").exit_code == 1
+    assert MemoryCorpus(tmp_path / "other").attempts == 2
     for arguments, message in (
             (("write", checkpoint, "-o", out), "expected one of --context and --input, got neither"),
             (("write", checkpoint, "--context", corpus, "-o", out, "--batch-size", 16),

@@ -295,6 +295,7 @@ def test_bytes() -> None:
     assert BYTES.answer([99, 1, 100]) == "a"
     assert BYTES.answer([99, 100]) == "ab"
     assert BYTES.decode([0, 1, 2 + 0xC3]) == "\ufffd"
+    assert BYTES.decode([99, 258, 100, 5000]) == "a\ufffdb\ufffd"
     assert KVTokenizer("ab").answer(KVTokenizer("ab").encode("ab!|a")) == "ab"
     assert not hasattr(CharTokenizer("ab"), "end_id")
 

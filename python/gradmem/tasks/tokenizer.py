@@ -83,8 +83,9 @@ class ByteTokenizer(_WithEndToken):
         return [byte + 2 for byte in _utf8("ByteTokenizer", text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; padding and ends are left out, bytes that are no UTF-8 become U+FFFD."""
-        return bytes(i - 2 for i in ids if i >= 2).decode("utf-8", errors="replace")
+        """The text; padding and ends are left out. Bytes that are no UTF-8 become U+FFFD, and so do ids that are no
+        bytes, as a model with more tokens may generate them."""
+        return bytes(min(i - 2, 0xFF) for i in ids if i >= 2).decode("utf-8", errors="replace")  # no UTF-8 has 0xFF
 
 
 class PretrainedTokenizer(_WithEndToken):
