@@ -1,10 +1,10 @@
 """Kernels that can be differentiated twice, and WRITE, gradient descent that outer gradients pass through."""
 
 from gradmem_kernels.attention import attention, attention_dual
-from gradmem_kernels.autograd import HigherOrderError
 from gradmem_kernels.backend import BackendError, use_backend
 from gradmem_kernels.checks import ArgumentError
 from gradmem_kernels.decoder import ContextRows, Decoder, DecoderConfig, KVCache, RopeScaling
+from gradmem_kernels.derivatives import HigherOrderError
 from gradmem_kernels.gelu import gelu, gelu_dual
 from gradmem_kernels.inner_sgd import inner_sgd, inner_sgd_dual
 from gradmem_kernels.layer_norm import add_layer_norm, add_layer_norm_dual, layer_norm, layer_norm_dual

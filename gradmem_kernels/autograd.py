@@ -14,31 +14,32 @@ forward mode of the backward     ``dual_forward``, ``dual_backward(x, x_t, y_bar
 ``f_dual(x, x_t)``               ``dual_forward``, and ``dual_backward`` as its backward
 ===============================  ===========================================================================
 
-A further derivative raises :class:`HigherOrderError`, naming the op.
+A further derivative raises :class:`gradmem_kernels.HigherOrderError`, naming the op.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from gradmem_kernels.derivatives import (
+    Flags,
+    Tensors,
+    in_own_dtype,
+    last_derivative,
+    needed,
+    note_inputs,
+    refuse,
+    will_run,
+)
 from gradmem_kernels.ranges import named_range
 
-__all__ = ["HigherOrderError", "Kernels", "LinearOp", "Op", "Tensors", "last_derivative", "needed", "note_inputs"]
-
-Tensors = tuple[Tensor | None, ...]
-Flags = tuple[bool, ...]
-T = TypeVar("T")
-
-
-class HigherOrderError(RuntimeError):
-    """A derivative beyond the second (or beyond the first, for a ``*_dual`` op) was asked for."""
+__all__ = ["Flags", "Kernels", "Op", "Tensors"]
 
 
 class Kernels(Protocol):
@@ -192,48 +193,10 @@ def _scatter(values: Sequence[Any], flags: Flags) -> tuple[Any, ...]:
     return tuple(next(rest) if flag else None for flag in flags)
 
 
-def _in_own_dtype(run: Callable[..., T]) -> Callable[..., T]:
-    """Runs kernels in the dtype of their tensors, whatever autocast says when they happen to run."""
-
-    @functools.wraps(run)
-    def run_without_autocast(*args: Any) -> T:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return run(*args)
-        with torch.autocast(device, enabled=False):
-            return run(*args)
-
-    return run_without_autocast
-
-
-def needed(ctx: Any) -> Flags:
-    """``ctx.needs_input_grad``, less what the running backward pass will not use.
-
-    ``autograd.grad(loss, memory)`` asks for no weight gradients although the weights require grad; torch's own nodes
-    know this, those of a Function have to ask.
-    """
-    edges = iter(ctx.next_functions)  # one for each tensor among the inputs
-    nodes = [next(edges)[0] if is_tensor else None for is_tensor in ctx.is_tensor]
-    return tuple(need and _will_run(node) for need, node in zip(ctx.needs_input_grad, nodes, strict=True))
-
-
 def _terms_wanted(ctx: Any) -> bool:
     """Of a sum that is the first input, and an output of the op: whether a term's cotangent will be used."""
     forward, _ = ctx.next_functions[0]
-    return any(node is not None and _will_run(node) for node, _ in forward.next_functions[:2])
-
-
-def note_inputs(ctx: Any, inputs: Sequence[Any]) -> None:
-    """What :func:`needed` has to know of the inputs of a Function; cotangents that are zeros will be ``None``."""
-    ctx.set_materialize_grads(False)
-    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-
-
-def _will_run(node: Any) -> bool:
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # refused for a leaf that the pass was asked for by name
-        return True
+    return any(node is not None and will_run(node) for node, _ in forward.next_functions[:2])
 
 
 class _Forward(Function):
@@ -242,7 +205,7 @@ class _Forward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_in_own_dtype
+    @in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         addend, x, aux = _split(flat, call.op.addends, len(call.op.x))
         y, saved = call.run("forward", x, aux, addend=addend, early=call.early)
@@ -299,7 +262,7 @@ class _Backward(Function):
         return _split(flat, n_x, n_aux, n_y, len(flat) - n_x - n_aux - 2 * n_y)
 
     @staticmethod
-    @_in_own_dtype
+    @in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         x, aux, y, saved, y_bar = _Backward._parts(call.op, flat)
         return _select(call.run("backward", x, aux, y, saved, y_bar, call.needs, early=call.early), call.needs)
@@ -323,7 +286,7 @@ class _Backward(Function):
             x_needs = (x_needs[0] and _terms_wanted(ctx), *x_needs[1:])
             y_bar_needs, s_bar_bar = y_bar_needs[:-1], (x_t[0] if y_bar_needs[-1] else None,)
 
-        @_in_own_dtype
+        @in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
             x_t, flat = _split(tensors, len(op.x))
             x, aux, y, saved, y_bar = _Backward._parts(op, flat)
@@ -344,7 +307,7 @@ class _Backward(Function):
         x_t, *_rest, y_bar_t = _Backward._parts(op, flat_t)
         n_x, n_aux, n_y = len(op.x), len(op.aux), len(op.y)
 
-        @_in_own_dtype
+        @in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
             x, aux, y, saved, y_bar, y_bar_t, x_t = _split(
                 tensors, n_x, n_aux, n_y, len(tensors) - 2 * n_x - n_aux - 3 * n_y, n_y, n_y)
@@ -378,7 +341,7 @@ class _DualForward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_in_own_dtype
+    @in_own_dtype
     def forward(call: _Call, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         addend, x, x_t, aux = _split(flat, 2 * call.op.addends, len(call.op.x), len(call.op.x))
         y, y_t, saved = call.run("dual_forward", x, aux, x_t, addend=addend, early=call.early)
@@ -409,7 +372,7 @@ class _DualForward(Function):
         if all(g is None for g in bars) or not any(needs + needs_t):
             return (None,) * (1 + 2 * op.addends + 2 * n_x + n_aux)
 
-        @_in_own_dtype
+        @in_own_dtype
         def compute(*tensors: Tensor | None) -> Tensors:
             y_bar, y_t_bar, x, aux, x_t, y, y_t, saved = _split(tensors, n_y, n_y, n_x, n_aux, n_x, n_y, n_y)
             x_bar, x_t_bar = call.run("dual_backward", x, aux, x_t, y, y_t, saved, y_bar, y_t_bar, needs, needs_t,
@@ -424,90 +387,4 @@ class _DualForward(Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Tensor | None) -> NoReturn:
-        _refuse(f"{ctx.call.op.name}_dual, forward mode over forward mode")
-
-
-class _Last(Function):
-    """``apply(name, compute, *tensors) -> compute(*tensors)``, of which no derivative exists."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(name: str, compute: Callable[..., Tensors], *tensors: Tensor | None) -> Tensors:
-        return compute(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
-        _refuse(ctx.name)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Tensor | None) -> NoReturn:
-        _refuse(ctx.name)
-
-
-def last_derivative(name: str, compute: Callable[..., Tensors], *tensors: Tensor | None) -> Tensors:
-    """``compute(*tensors)``, run without a graph; differentiating the result by ``tensors`` raises, naming ``name``."""
-    return _Last.apply(name, compute, *tensors)
-
-
-def _refuse(name: str) -> NoReturn:
-    raise HigherOrderError(
-        f"{name}: this derivative is of a higher order than its kernels have. Ops are differentiable twice, *_dual "
-        f"ops once; for more, use plain PyTorch operations, or detach what needs no further derivative.")
-
-
-class LinearOp:
-    """An op that is linear in its input, given by itself and its transpose: derivatives of every order exist.
-
-    ``forward`` and ``transpose`` take ``(x, *aux)`` and return a tensor like ``x``.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    @torch.compiler.disable
-    def __call__(self, forward: Callable[..., Tensor], transpose: Callable[..., Tensor], x: Tensor,
-                 *aux: Tensor) -> Tensor:
-        with named_range(self.name):
-            return _Linear.apply(_Map(self.name, "forward", forward), _Map(self.name, "transpose", transpose), x, *aux)
-
-
-@dataclass(frozen=True, eq=False)
-class _Map:
-    """A linear map of an op, by its name."""
-
-    op: str
-    kernel: str
-    function: Callable[..., Tensor]
-
-    def __call__(self, x: Tensor, *aux: Tensor) -> Tensor:
-        with named_range(self.op, self.kernel):
-            return self.function(x, *aux)
-
-
-class _Linear(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    @_in_own_dtype
-    def forward(forward: _Map, transpose: _Map, x: Tensor, *aux: Tensor) -> Tensor:
-        return forward(x, *aux)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.forward, ctx.transpose, _, *aux = inputs
-        ctx.save_for_backward(*aux)
-        ctx.save_for_forward(*aux)
-
-    @staticmethod
-    def backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
-        aux = ctx.saved_tensors
-        return None, None, _Linear.apply(ctx.transpose, ctx.forward, y_bar, *aux), *(None,) * len(aux)
-
-    @staticmethod
-    def jvp(ctx: Any, _forward: None, _transpose: None, x_t: Tensor, *_: None) -> Tensor:
-        return _Linear.apply(ctx.forward, ctx.transpose, x_t, *ctx.saved_tensors)
+        refuse(f"{ctx.call.op.name}_dual, forward mode over forward mode")

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gradmem_kernels import backend as backends
-from gradmem_kernels.autograd import LinearOp
 from gradmem_kernels.checks import FLOAT_DTYPES, Checker
+from gradmem_kernels.linear_op import LinearOp
 
 __all__ = ["rotary", "rotary_dual", "rotary_tables"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gradmem_kernels import backend as backends
-from gradmem_kernels.autograd import last_derivative, needed, note_inputs
 from gradmem_kernels.checks import Checker
 from gradmem_kernels.closure import ClosedOver
+from gradmem_kernels.derivatives import last_derivative, needed, note_inputs
 from gradmem_kernels.learning_rates import LearningRate
 from gradmem_kernels.ranges import named_range
 from gradmem_kernels.recompute import resolve_recompute

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from gradmem_kernels import backend as backends
-from gradmem_kernels.autograd import HigherOrderError
 from gradmem_kernels.checks import ArgumentError
+from gradmem_kernels.derivatives import HigherOrderError
 
 Inputs = tuple[Tensor, ...]
 

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gradmem_kernels import backend as backends
 from gradmem_kernels.attention import attention
-from gradmem_kernels.autograd import HigherOrderError, LinearOp, Op, last_derivative
+from gradmem_kernels.autograd import Op
+from gradmem_kernels.derivatives import HigherOrderError, last_derivative
+from gradmem_kernels.linear_op import LinearOp
 from gradmem_kernels.rms_norm import rms_norm
 from gradmem_kernels.swiglu import swiglu
 
