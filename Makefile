@@ -42,6 +42,7 @@ GPU_READY := $(if $(WITH),$(GPU_SITE)/.unpacked,$(INSTALLED))
 GPU_BENCH = $(GPU_PYTHON) -m benchmarks
 GPU_OPTIONS := $(if $(GPU_DRY),--quick --device cpu,--store --device cuda)
 GPU_TESTS = $(GPU_PYTHON) -m pytest -q $(if $(GPU_DRY),,-n $(JOBS)) -p no:cacheprovider tests/gpu
+OPS := rms_norm layer_norm add_rms_norm add_layer_norm swiglu gelu gelu_tanh rotary
 GPU_DONE = @mkdir -p $(@D) && touch $@
 # The build is not put off: the others run on it.
 GPU_BEGUN = $(filter-out build,$(foreach stage,$(STAGES),$(if $(wildcard build/gpu/$(stage).begun),$(stage))))
@@ -144,7 +145,7 @@ gpu: $(GPU_READY) ## on a GPU: build, tests, sanitizer, benchmarks, most telling
 	test -z "$$undone" || { echo "gpu: not done:$$undone; the same command tries again"; exit 1; }
 
 gpu-again: ## forget which stages of make gpu are done
-	rm -f $(STAGES:%=build/gpu/%) $(STAGES:%=build/gpu/%.begun)
+	rm -f $(STAGES:%=build/gpu/%) $(STAGES:%=build/gpu/%.begun) $(if $(filter ops,$(STAGES)),build/gpu/ops-*)
 
 gpu-pack: $(INSTALLED) ## what a machine with a GPU and no network lacks, into PACK, for its Python
 	@mkdir -p $(PACK)
@@ -164,24 +165,24 @@ $(GPU_SITE)/.unpacked:
 	else echo 'no $(PACK): the interpreter itself has to have what setup.py and the tests need'; fi
 
 # What `pip install --no-build-isolation -e .` compiles, into the clone, for this GPU alone.
-build/gpu/build: $(GPU_READY)
+build/gpu/build: | $(GPU_READY)
 	$(if $(GPU_DRY),,GRADMEM_CUDA=on GRADMEM_CUDA_ARCHS=$$($(GPU_PYTHON) -c 'import torch; \
 	  major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')) \
 	  $(GPU_PYTHON) setup.py build_ext --inplace
 	$(GPU_PYTHON) -m gradmem doctor
 	$(GPU_DONE)
 
-build/gpu/configs: $(GPU_READY)
+build/gpu/configs: | $(GPU_READY)
 	$(GPU_TESTS) -k 'every_config or every_kernel or graph_capture'
 	$(GPU_DONE)
 
-build/gpu/tests: $(GPU_READY)
+build/gpu/tests: | $(GPU_READY)
 	$(GPU_TESTS) -k 'not every_config and not every_kernel and not graph_capture'
 	$(GPU_DONE)
 
 # Few and small: under memcheck a kernel takes a hundred times as long. Without PyTorch's cache each tensor has bounds. The
 # tool is the toolkit's, as nvcc is.
-build/gpu/sanitize: $(GPU_READY)
+build/gpu/sanitize: | $(GPU_READY)
 	PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; export PATH; \
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(if $(GPU_DRY),,compute-sanitizer --tool memcheck --target-processes all \
 	  --error-exitcode 1) env $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
@@ -189,20 +190,28 @@ build/gpu/sanitize: $(GPU_READY)
 	  -k 'test_empty or test_lengths and (-17- or -1-) or test_some_tangents'
 	$(GPU_DONE)
 
-build/gpu/headline build/gpu/memory build/gpu/gqa build/gpu/sweep: $(GPU_READY)
+build/gpu/headline build/gpu/memory build/gpu/gqa build/gpu/sweep: | $(GPU_READY)
 	$(GPU_BENCH) attention --only $(@F) $(GPU_OPTIONS)
 	$(if $(filter headline,$(@F)),$(GPU_BENCH) attention --only long $(GPU_OPTIONS))
 	$(GPU_DONE)
 
-build/gpu/price build/gpu/paper build/gpu/long build/gpu/flat: $(GPU_READY)
+build/gpu/price build/gpu/paper build/gpu/long build/gpu/flat: | $(GPU_READY)
 	$(GPU_BENCH) meta-step --only $(@F) $(GPU_OPTIONS)
 	$(GPU_DONE)
 
-build/gpu/inner build/gpu/train build/gpu/cross-entropy build/gpu/ops: $(GPU_READY)
+build/gpu/inner build/gpu/train build/gpu/cross-entropy: | $(GPU_READY)
 	$(GPU_BENCH) $(or $($(@F)_suite),$(@F)) $(GPU_OPTIONS)
 	$(GPU_DONE)
 inner_suite := inner-step
 train_suite := end-to-end
+
+# One by one: what PyTorch compiles takes longer than there may be time at once.
+build/gpu/ops: $(OPS:%=build/gpu/ops-%)
+	$(GPU_DONE)
+
+$(OPS:%=build/gpu/ops-%): | $(GPU_READY)
+	$(GPU_BENCH) ops --only $(@F:ops-%=%) $(GPU_OPTIONS)
+	$(GPU_DONE)
 
 clean: ## remove the environment, caches and build products; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

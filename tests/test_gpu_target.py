@@ -45,7 +45,9 @@ def test_every_stage_names_suites_and_parts_that_there_are(dry, clone):
     done = make(clone, "-n", f"GPU_DRY={dry}", *(f"build/gpu/{stage}" for stage in STAGES))
     assert done.returncode == 0, done.stderr
     found = [shlex.split(line)[4:] for line in done.stdout.splitlines() if "./stub -m benchmarks" in line]
-    assert len(found) == 1 + sum(stage not in ("build", "configs", "sanitize", "tests") for stage in STAGES)
+    stages = [stage for stage in STAGES if stage not in ("build", "configs", "sanitize", "tests", "ops")]
+    assert len(found) == 1 + len(stages) + len(SUITES["ops"].PARTS)
+    assert [words[2] for words in found if words[0] == "ops"] == list(SUITES["ops"].PARTS)
     for words in found:
         args = parser().parse_args(words)
         assert (args.store, args.device, args.quick) == ((False, "cpu", True) if dry else (True, "cuda", False))
@@ -93,6 +95,18 @@ def test_a_pack_is_unpacked_beside_the_interpreter(clone):
     for line in (first, second):
         assert line.startswith("-m pip install -q --no-index --find-links build/gpu-pack --target build/gpu/site ")
     assert second.endswith("--no-deps nvidia-cutlass")
+
+
+def test_an_op_that_is_done_is_not_done_again(clone):
+    words = ["gpu", "GPU_DRY=1", "STAGES=ops"]
+    assert make(clone, *words, fail="swiglu").returncode != 0
+    assert make(clone, *words).returncode == 0
+    ops = [re.search(r"--only (\S+)", line)[1] for line in calls(clone)]
+    parts = list(SUITES["ops"].PARTS)
+    assert ops == [*parts[: parts.index("swiglu") + 1], *parts[parts.index("swiglu"):]]
+    make(clone, "gpu-again", "STAGES=ops")
+    assert make(clone, *words).returncode == 0
+    assert len(calls(clone)) == len(ops) + len(parts)
 
 
 def test_what_was_begun_and_not_finished_comes_last(clone):
