@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gradmem.adapters import adapter_layers
+from gradmem.adapters import adapter_layers, freeze
 from gradmem.config import GradMemConfig
 from gradmem.errors import CheckpointError
 from gradmem.hub import load_model, optional_library
@@ -133,6 +133,8 @@ class GradMemForCausalLM(PreTrainedModel):
         if info["missing_keys"]:
             raise CheckpointError(f"{args[0] if args else 'checkpoint'}: expected all tensors of GradMemForCausalLM, "
                                   f"got none named {min(info['missing_keys'])}")
+        if model.gradmem.config.freeze_backbone:  # loading has put other parameters in the place of frozen ones
+            freeze(model.gradmem.backbone)
         return (model, info) if output_loading_info else model
 
     def forward(self, context_input_ids: Tensor, query_input_ids: Tensor, labels: Tensor | None = None,

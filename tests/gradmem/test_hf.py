@@ -141,6 +141,7 @@ def test_accelerate() -> None:
 
 @pytest.mark.parametrize("options", [
     {"memory_projection": "per_sample"}, {"write_head": True, "learn_inner_lr": "step"}, {"write_lora_rank": 2},
+    {"freeze_backbone": True}, {"freeze_backbone": True, "write_lora_rank": 2},
 ], ids=str)
 @pytest.mark.parametrize("forward", WAYS)
 def test_options_survive_saving(forward: str, options: dict, tmp_path: Path) -> None:
@@ -153,6 +154,8 @@ def test_options_survive_saving(forward: str, options: dict, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     loaded = GradMemForCausalLM.from_pretrained(tmp_path)
     assert loaded.gradmem.config == model.gradmem.config
+    trained, expected = ({name for name, p in m.named_parameters() if p.requires_grad} for m in (loaded, model))
+    assert trained == expected
     batch = ContextCollator()(RECORDS[:3])
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
