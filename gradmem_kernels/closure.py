@@ -8,11 +8,15 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradmem_kernels.checks import Checker
 
 __all__ = ["ClosedOver"]
+
+#: The node of a leaf; a node of another kind may have an attribute ``variable`` too.
+ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
 #: A node of autograd's graph and the number of its output.
 Edge = tuple[Any, int]
@@ -77,7 +81,7 @@ def _walk(edges: list[Edge], borders: set[Edge]) -> tuple[set[Any], dict[int, Te
     while todo:
         node, _ = edge = todo.pop()
         seen.add(edge)
-        if hasattr(node, "variable"):
+        if isinstance(node, ACCUMULATE):
             leaves[id(node.variable)] = node.variable
         elif node not in nodes:
             nodes.add(node)

@@ -294,9 +294,9 @@ def test_recomputation_replays_random_numbers() -> None:
 class Adapted(torch.nn.Module):
     """A linear map and an adapter that drops in training, as those of peft."""
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, drop: torch.nn.Module) -> None:
         super().__init__()
-        self.linear, self.drop = linear, torch.nn.Dropout(0.5)
+        self.linear, self.drop = linear, drop
         self.adapter = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, dtype=F64)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -304,11 +304,12 @@ class Adapted(torch.nn.Module):
 
 
 @pytest.mark.parametrize("order", ["none", "first"])
-def test_recomputation_replays_the_dropout_of_adapters(order: str) -> None:
+@pytest.mark.parametrize("dropout", [torch.nn.Dropout, torch.nn.AlphaDropout])
+def test_recomputation_replays_the_dropout_of_adapters(order: str, dropout: Any) -> None:
     """Where the plain form runs again; the dual form refuses dropout."""
     case = Case()
     for name in ("gate_proj", "down_proj"):
-        case.decoder.layers[1].mlp[name] = Adapted(case.decoder.layers[1].mlp[name])
+        case.decoder.layers[1].mlp[name] = Adapted(case.decoder.layers[1].mlp[name], dropout(0.5))
     grads = []
     for recompute in ("none", "step"):
         torch.manual_seed(3)
@@ -316,6 +317,9 @@ def test_recomputation_replays_the_dropout_of_adapters(order: str) -> None:
         torch.manual_seed(4)
         grads.append(torch.autograd.grad(outer_loss((out.memory,), out.losses), case.leaves[1:], allow_unused=True))
     agree(grads[1], grads[0], 1e-12)
+    out = write(case.ours(), case.memory, steps=1, lr=0.3)
+    with pytest.raises(ArgumentError, match=r"linear_dual: Adapted: expected an adapter without dropout, .* 0\.5 in"):
+        out.memory.sum().backward()
 
 
 def test_layers_run_again_by_the_backend_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,30 @@ def test_leaf_reached_directly_and_through_a_given_tensor_is_refused() -> None:
         write(closes_over, loss.memory[0], steps=2, lr=0.1, params=[embedded, loss.w])
 
 
+class Doubled(torch.autograd.Function):
+    """Keeps its input under a name that autograd's node of a leaf has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = x
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, y_bar: Tensor) -> Tensor:
+        return 2 * y_bar
+
+
+def test_leaves_behind_functions_of_ones_own_are_found() -> None:
+    loss = Quartic()
+
+    def through(m: Tensor) -> Tensor:
+        return (m @ Doubled.apply(loss.w.tanh())).square().sum((1, 2))
+
+    found = [torch.autograd.grad(write(through, loss.memory[0], steps=2, lr=0.1, recompute=mode).memory.sin().sum(),
+                                 (*loss.memory, loss.w)) for mode in ("step", "none")]
+    agree(*found)
+
+
 def test_module_parameters_and_bound_methods_are_found() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
     memory = torch.randn(2, 3, 4, dtype=F64)

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from gradmem_kernels.checks import Checker
 
@@ -47,7 +48,7 @@ def _weight_and_bias(linear: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 def drops(module: nn.Module) -> float:
     """The largest probability with which a dropout layer in ``module`` drops now; 0 in eval mode."""
-    return max((m.p for m in module.modules() if isinstance(m, nn.Dropout) and m.training), default=0.0)
+    return max((m.p for m in module.modules() if isinstance(m, _DropoutNd) and m.training), default=0.0)
 
 
 def _refuse_dropout(linear: nn.Module) -> None:
