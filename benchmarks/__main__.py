@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--device", metavar="NAME",
                      help="cpu or cuda, for suites that run on both (default: cuda where there is one)")
     out.add_argument("--only", action="append", default=[], metavar="PART", help="a part of a suite that has parts")
-    out.add_argument("--peer-path", metavar="DIR",
+    out.add_argument("--peer-path", metavar="DIR", type=os.path.abspath,
                      help="a checkout of the paper's repository, whose model is measured too (meta-step)")
     out.add_argument("--compare", metavar="REV",
                      help="measure this tree and a git revision in turn, and print the ratios (docs/benchmarks.md)")

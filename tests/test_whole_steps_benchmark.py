@@ -171,6 +171,16 @@ def test_no_checkout_of_the_paper(tmp_path):
         peer.use(str(tmp_path))
 
 
+def test_a_checkout_is_found_from_other_folders(tmp_path, monkeypatch):
+    """Processes of their own start in the root of the clone."""
+    given = []
+    monkeypatch.setattr(command.SUITES["meta-step"], "run", lambda options: given.append(options.peer_path) or [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "meta-step", "--quick", "--peer-path", "checkout"])
+    assert command.main() == 0
+    assert given == [str(tmp_path / "checkout")]
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_papers_code_is_gated(wrong, monkeypatch):
     """A stand-in with the interface of its model, which is not copied here: the right loss is admitted, another not."""
