@@ -29,13 +29,21 @@ class Prefix(nn.Module):
         per_sample: with ``projection``, whether each sample has weights of its own, which are part of the memory:
             ``projection`` then is what they are at first.
         device, dtype: of the parameters.
+
+    Raises:
+        ArgumentError: for an argument of another type or value, or ``per_sample`` without ``projection``.
     """
 
     def __init__(self, hidden_size: int, *, control_tokens: int = 0, projection: bool = False, per_sample: bool = False,
                  device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check = Checker("Prefix")
+        check.integer("hidden_size", hidden_size, minimum=1)
+        check.integer("control_tokens", control_tokens, minimum=0)
+        for name, value in (("projection", projection), ("per_sample", per_sample)):
+            check.boolean(name, value)
         if per_sample and not projection:
-            Checker("Prefix").fail("per_sample", "False without projection", True)
+            check.fail("per_sample", "False without projection", True)
         self.per_sample = per_sample
         self.start: nn.Parameter | None = None
         self.end: nn.Parameter | None = None

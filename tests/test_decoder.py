@@ -204,6 +204,18 @@ def test_fast_weights_are_those_of_the_prefix(per_sample: bool) -> None:
             run(*tensors)
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"hidden_size": 0}, "hidden_size: expected an integer >= 1, got 0"),
+    ({"control_tokens": -1}, "control_tokens: expected an integer >= 0, got -1"),
+    ({"projection": "none"}, "projection: expected True or False, got none"),
+    ({"per_sample": 1, "projection": True}, "per_sample: expected True or False, got 1"),
+    ({"per_sample": True}, "per_sample: expected False without projection, got True"),
+])
+def test_bad_prefix(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"Prefix: {message}"):
+        Prefix(**{"hidden_size": 8, **options})
+
+
 def test_new_projection_is_the_identity() -> None:
     memory = torch.randn(2, 3, 4)
     torch.testing.assert_close(Prefix(4, projection=True)(memory), memory)
