@@ -7,7 +7,11 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from gradmem.adapters import adapter_layers
 from gradmem.config import GradMemConfig
+from gradmem.first_order import PACKAGES
 from gradmem.hub import load_model
 from gradmem.lm import Backbone, TransformersLM
 from gradmem.own_forward import OwnForwardLM
@@ -67,6 +71,9 @@ def _fused(model: Any, config: GradMemConfig, *, asked: bool) -> tuple[Backbone 
         if asked:
             raise
         return None, Chosen("own", str(reason).partition("; ")[0])
+    changed = _changed(model)
+    if changed and not asked:
+        return None, Chosen("own", f"{changed} has code or hooks that are not of transformers, and would not be run")
     dropout = backbone.decoder.borrowed_dropout
     if config.write_lora_rank and config.write_lora_dropout:
         dropout = f"{dropout}{', ' * bool(dropout)}write_lora_dropout={config.write_lora_dropout}"
@@ -74,6 +81,23 @@ def _fused(model: Any, config: GradMemConfig, *, asked: bool) -> tuple[Backbone 
         return None, Chosen("own", f"it drops in training ({dropout}), which has no dual form; load it with these set "
                                    f"to 0.0 for the fused decoder")
     return backbone, Chosen("fused", "as asked" if asked else "its architecture is served, with a dual form")
+
+
+def _changed(model: nn.Module) -> str:
+    """A module with a forward or hooks of somebody's own, which the fused decoder would pass over; empty for none.
+
+    It runs linear maps, embeddings and adapters as they are. Kernels of the packages that are known compute what they
+    stand in for.
+    """
+    adapters = tuple(f"{name}." for name in adapter_layers(model))
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) or f"{name}.".startswith(adapters):
+            continue
+        root = str(getattr(module.forward, "__module__", "")).partition(".")[0]
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if root not in ("torch", "transformers", *PACKAGES) or (hooks and type(module).__name__ != "Conv1D"):
+            return f"model.{name}" if name else type(module).__name__
+    return ""
 
 
 @functools.cache  # once

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -331,6 +332,50 @@ def test_the_choice_is_told_and_logged_once(caplog: pytest.LogCaptureFixture) ->
         make(llama, "mine")
 
 
+class Capped(transformers.LlamaForCausalLM):
+    """A model of somebody's own, of a known architecture."""
+
+    def forward(self, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+        out = super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        out.logits = out.logits.tanh()
+        return out
+
+
+def changed(kind: str) -> Any:
+    model = build("llama")
+    layer = model.model.layers[1]
+    if kind == "class":
+        model.__class__ = Capped
+    elif kind == "hook":  # as steering vectors are added
+        layer.register_forward_hook(lambda module, inputs, out: out + 0.5)
+    else:
+        attend = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, **kw: (2 * attend(*args, **kw)[0], None)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "name"), [("class", "Capped"), ("hook", r"model\.model\.layers\.1"),
+                                            ("forward", r"model\.model\.layers\.1\.self_attn")])
+def test_models_with_code_of_their_own_run_it(kind: str, name: str) -> None:
+    model = changed(kind)
+    made = make(model, "auto")
+    assert made.chosen is not None
+    assert re.match(f"{name} has code or hooks that are not of transformers", made.chosen.reason)
+    assert_equals_eager(model, made)
+    plain = make(build("llama"), "auto")
+    assert plain(CONTEXT, QUERY, LABELS, LENGTHS).loss != made(CONTEXT, QUERY, LABELS, LENGTHS).loss
+    assert make(changed(kind), "fused").chosen.reason == "as asked"  # type: ignore[union-attr]
+
+
+def test_linear_maps_with_hooks_are_run_by_the_fused_decoder() -> None:
+    for family, name in (("llama", "model.layers.0.mlp.up_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")):
+        model = build(family)
+        model.get_submodule(name).register_forward_hook(lambda module, inputs, out: 2 * out)
+        made = make(model, "auto")
+        assert isinstance(made.backbone, TransformersLM)
+        assert_equals_eager(model, made)
+
+
 def test_layers_that_cannot_choose_their_attention_are_told_of() -> None:
     fields: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 4}
     bloom = transformers.AutoModelForCausalLM.from_config(transformers.BloomConfig(
@@ -477,10 +522,16 @@ def test_the_write_adapter_is_no_part_of_what_reads(tmp_path: Any) -> None:
 
 def test_dropout_of_write_adapters_takes_the_model_s_own_forward() -> None:
     pytest.importorskip("peft")
-    made = make(build("llama"), "auto", write_lora_rank=2, write_lora_dropout=0.5, recompute="none")
-    assert made.chosen is not None
-    assert made.chosen.forward == "own"
-    assert "write_lora_dropout=0.5" in made.chosen.reason
+    found = []
+    for recompute in ("none", "step"):  # which drops the same again
+        made = make(build("llama"), "auto", write_lora_rank=2, write_lora_dropout=0.5, recompute=recompute)
+        assert made.chosen is not None
+        assert made.chosen.forward == "own"
+        assert "write_lora_dropout=0.5" in made.chosen.reason
+        torch.manual_seed(5)
+        found.append(gradients(made.train()(CONTEXT, QUERY, LABELS).loss, made))
+    for name, expected in found[0].items():
+        assert_same(found[1][name], expected, name)
     assert not torch.equal(*(made.train()(CONTEXT, QUERY).memory for _ in range(2)))
     assert torch.equal(*(made.eval()(CONTEXT, QUERY).memory for _ in range(2)))
 
