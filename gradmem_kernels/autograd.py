@@ -25,10 +25,10 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from gradmem_kernels.derivatives import (
     Flags,
+    Function,
     Tensors,
     in_own_dtype,
     last_derivative,

@@ -8,10 +8,10 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.utils import unwrap_dead_wrappers
 
-__all__ = ["Flags", "HigherOrderError", "Tensors", "in_own_dtype", "last_derivative", "needed", "note_inputs", "refuse",
-           "will_run"]
+__all__ = ["Flags", "Function", "HigherOrderError", "Tensors", "in_own_dtype", "last_derivative", "needed",
+           "note_inputs", "refuse", "will_run"]
 
 Tensors = tuple[Tensor | None, ...]
 Flags = tuple[bool, ...]
@@ -59,6 +59,18 @@ def will_run(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # refused for a leaf that the pass was asked for by name
         return True
+
+
+class Function(torch.autograd.Function):
+    """A function that is called without inspecting the signature of its forward, which takes PyTorch longer than a
+    small kernel, to bind defaults that there are none of. Under transforms of ``torch.func`` it is PyTorch's matter.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 class _Last(Function):

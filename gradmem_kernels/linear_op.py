@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from gradmem_kernels.derivatives import in_own_dtype
+from gradmem_kernels.derivatives import Function, in_own_dtype
 from gradmem_kernels.ranges import named_range
 
 __all__ = ["LinearOp"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -16,7 +17,7 @@ from gradmem_kernels.attention import attention
 from gradmem_kernels.autograd import Op
 from gradmem_kernels.derivatives import HigherOrderError, last_derivative
 from gradmem_kernels.linear_op import LinearOp
-from gradmem_kernels.rms_norm import rms_norm
+from gradmem_kernels.rms_norm import rms_norm, rms_norm_dual
 from gradmem_kernels.swiglu import swiglu
 
 OP = "toy"
@@ -279,6 +280,30 @@ def test_graphs_are_freed_without_the_garbage_collector():
         assert [ref() for ref in alive] == [None] * 3
     finally:
         gc.enable()
+
+
+def test_calls_inspect_no_signature(monkeypatch):
+    """PyTorch's own apply does, which takes longer than a small kernel."""
+    x, w, turn = randn(2, 8).requires_grad_(), randn(8).requires_grad_(), LinearOp("turn")
+
+    def calls():
+        (x_bar,) = grad(rms_norm(x, w).square().sum(), x, create_graph=True)
+        grad(x_bar.square().sum(), (x, w))
+        y, y_t = rms_norm_dual(x, w, randn(2, 8))
+        grad((y * y_t).sum(), (x, w))
+        (x_bar,) = grad(turn(torch.mul, torch.mul, x, x.detach()).square().sum(), x, create_graph=True)
+        grad(x_bar.sum(), x)
+
+    calls()  # kernels are loaded, which may inspect them
+    for name in ("signature", "_signature_from_callable"):
+        monkeypatch.setattr(inspect, name, lambda *_, **__: pytest.fail("a signature was inspected"))
+    calls()
+
+
+def test_what_a_transform_left_behind_is_a_plain_tensor():
+    kept = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(x := randn(2, 8))
+    assert torch.equal(rms_norm(kept[0], x[0]), rms_norm(x, x[0]))
 
 
 def test_checkpointing_recomputes_the_op():
