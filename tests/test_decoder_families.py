@@ -375,6 +375,12 @@ def spread() -> Any:
     return model
 
 
+def shortened() -> Any:
+    model = changed("llama")
+    model.config.num_hidden_layers = 1
+    return model
+
+
 class Peft(nn.Module):
     def get_base_model(self) -> None: ...
 
@@ -396,6 +402,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "both ways": (lambda: changed("llama", is_causal=False), "config.is_causal: expected True, got False"),
     "quantised": (quantised, "config.quantization_config: expected None, got {'quant_method': 'gptq'}"),
     "devices": (spread, "model.hf_device_map: expected one device"),
+    "layers": (shortened, "model.model.layers: expected the 1 layers that the configuration has, got 2"),
     "softcap": (lambda: transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**GROUPED)),
                 "model: expected .*, got Gemma2ForCausalLM .*'gemma2'"),
     "sinks": (lambda: transformers.AutoModelForCausalLM.from_config(transformers.GptOssConfig(**OSS)),

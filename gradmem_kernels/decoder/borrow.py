@@ -110,8 +110,12 @@ def borrow(model: Any) -> tuple[DecoderConfig, Borrowed]:
     rotary_dim = None if rotary is None else 2 * rotary.inv_freq.numel()
     config = DecoderConfig(**family.read(fields), rotary_dim=rotary_dim)
     dropout = ", ".join(f"{name}={fields.get(name)}" for name in family.dropout if fields.get(name))
+    layers = tuple(base.get_submodule(family.layers).children())
+    if len(layers) != config.num_layers:  # its own forward may run the first of them alone
+        check.fail(f"model.{family.base}.{family.layers}", f"the {config.num_layers} layers that the configuration has",
+                   len(layers), f"keep both alike, or {REMEDY}")
     modules = Borrowed(
-        layers=tuple(base.get_submodule(family.layers).children()), names=family.names,
+        layers=layers, names=family.names,
         norm=base.get_submodule(family.norm), rotary_emb=rotary, dropout=dropout,
         embed_positions=None if family.embed_positions is None else base.get_submodule(family.embed_positions))
     return config, modules
