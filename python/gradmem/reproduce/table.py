@@ -69,7 +69,8 @@ def markdown(preset: Preset, rows: Sequence[Row]) -> str:
     out += ["| " + " | ".join(line) + " |" for line in lines(preset, rows)]
     made = sorted({(w.device, w.threads, w.torch, w.python, (w.commit or "unknown")[:7] + ("+" * w.modified),
                     w.date[:10]) for w in (row.provenance for row in rows if row.preset == preset.name)})
-    out += ["", *(f"{device}, {threads} threads, torch {torch}, Python {python}, commit {commit}, {date}."
+    out += ["", *(f"{device}, {threads} thread{'s' * (threads != 1)}, torch {torch}, Python {python}, "
+                  f"commit {commit}, {date}."
                   for device, threads, torch, python, commit, date in made)]
     return "\n".join(out).rstrip() + "\n"
 
