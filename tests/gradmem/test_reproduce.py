@@ -334,7 +334,7 @@ def test_the_table_says_what_was_measured_and_what_was_not(tmp_path: Path) -> No
     assert "| GradMem, first order | 2 | 1 | 50.0 |  | 1 | 8 | 3 | 99.85: not reached |" in text
     assert "| not written | 0 | 1 | not run yet |" in text
     assert "| GradMem, order none | 1 | 1 | not run yet |" in text
-    assert text.endswith("a CPU, 1 threads, torch 2.13.0, Python 3.11.7, commit fffffff, 2026-01-02.\n")
+    assert text.endswith("a CPU, 1 thread, torch 2.13.0, Python 3.11.7, commit fffffff, 2026-01-02.\n")
     page = tmp_path / "page.md"
     page.write_text("no marks")
     with pytest.raises(DataError, match="expected the lines"):
