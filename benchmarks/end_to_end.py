@@ -141,8 +141,8 @@ def _answers(model: GradMem | EagerGradMem, batch: Batch, new: int) -> Callable[
 
 
 def check(case: Case, device: str) -> Result:
-    """The training loss and its gradients, from which the optimizer steps; of answers, the
-    tokens, and the query's logits."""
+    """The training loss and its gradients, from which the optimizer steps; of answers, their tokens and the query's
+    logits."""
     model, batch = _model_and_batch(case, device)
     plain = isinstance(model, EagerGradMem)
     if case.step == "answer":

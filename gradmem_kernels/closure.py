@@ -79,8 +79,9 @@ def _walk(edges: list[Edge], borders: set[Edge]) -> tuple[set[Any], dict[int, Te
     leaves: dict[int, Tensor] = {}
     todo = [edge for edge in edges if edge[0] is not None and edge not in borders]
     while todo:
-        node, _ = edge = todo.pop()
+        edge = todo.pop()
         seen.add(edge)
+        node = edge[0]
         if isinstance(node, ACCUMULATE):
             leaves[id(node.variable)] = node.variable
         elif node not in nodes:

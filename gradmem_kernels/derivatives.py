@@ -8,7 +8,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 __all__ = ["Flags", "Function", "HigherOrderError", "Tensors", "in_own_dtype", "last_derivative", "needed",
            "note_inputs", "refuse", "will_run"]
@@ -70,7 +69,7 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 class _Last(Function):
